@@ -1,0 +1,286 @@
+"""SqlBackend: sheppy's storage on PostgreSQL or SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from datetime import datetime
+from typing import Any
+
+from sheppy import Backend, BackendError
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from . import _urls
+from ._options import DEFAULT_MAX_PAYLOAD_BYTES, DEFAULT_TTL, INHERIT, Options
+from ._payloads import Payload
+from ._session import Session
+from .schema import DEFAULT_PREFIX, build_tables
+
+
+class SqlBackend(Backend):
+    """All of sheppy on a SQL database.
+
+    Args:
+        url_or_engine: A URL (`postgresql+asyncpg://user@host/db`,
+            `sqlite+aiosqlite:///dev.db`, or what a hosting provider gives), or an
+            AsyncEngine on asyncpg or aiosqlite, which stays the caller's: disconnect()
+            leaves it open.
+        schema: PostgreSQL schema of the tables; None for the first in the search path.
+        table_prefix: What every table's name begins with. Two installations in one
+            database need different schemas or prefixes.
+        ttl: Seconds that finished tasks are kept; None for ever. Default 30 days.
+        error_ttl: The same for failed, crashed and cancelled ones; "inherit" (default)
+            for the same as `ttl`.
+        max_payload_bytes: Largest task, result or workflow, as JSON. Default 64 MiB.
+        pool_size: Most connections this instance opens. Default 5. Ignored with an engine.
+        connect_timeout: Seconds to wait for a connection. Default 10. Ignored with an engine.
+        max_poll_interval: Longest pause, in seconds, between two looks at the database
+            while waiting for a task or a result of another process. Default 0.25.
+        migrate: Make or upgrade the tables on connect(). SQLite always does; on
+            PostgreSQL prefer "sheppy-sql db upgrade" in the deployment.
+
+    Raises:
+        ValueError: An option or the URL is wrong; nothing has been opened.
+    """
+
+    def __init__(
+        self,
+        url_or_engine: str | URL | AsyncEngine,
+        *,
+        schema: str | None = None,
+        table_prefix: str = DEFAULT_PREFIX,
+        ttl: float | None = DEFAULT_TTL,
+        error_ttl: float | str | None = INHERIT,
+        max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
+        pool_size: int = 5,
+        connect_timeout: float = 10.0,
+        max_poll_interval: float = 0.25,
+        migrate: bool = False,
+    ) -> None:
+        database = _database_of(url_or_engine)
+        if schema is not None and database == "sqlite":
+            raise ValueError("schema is PostgreSQL's; on SQLite use table_prefix or another file")
+        self._url_or_engine = url_or_engine
+        self._options = Options(
+            schema=schema,
+            table_prefix=table_prefix,
+            ttl=ttl,
+            error_ttl=error_ttl,
+            max_payload_bytes=max_payload_bytes,
+            pool_size=pool_size,
+            connect_timeout=connect_timeout,
+            max_poll_interval=max_poll_interval,
+            migrate=migrate,
+        )
+        self._tables = build_tables(schema, table_prefix)
+        self._session: Session | None = None
+        self._connecting: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+
+    async def connect(self) -> None:
+        """Open the connection; harmless where it is open.
+
+        Raises BackendError where the server, its tables or its version cannot be used.
+        """
+        # The host calls connect() from several coroutines at once, with no lock of its own.
+        async with self._connect_lock():
+            if self._session is not None and self._session.database.is_usable:
+                self._session.database.check_loop()
+                return
+            if self._session is not None:
+                self._session.abandon()
+                self._session = None
+            self._session = await Session.open(self._url_or_engine, self._tables, self._options)
+
+    async def disconnect(self) -> None:
+        """Finish what is under way and close the connection; harmless where it is closed."""
+        session, self._session = self._session, None
+        if session is None:
+            return
+        if session.database.is_usable:
+            session.database.check_loop()
+            await session.close()
+        else:
+            session.abandon()
+
+    @property
+    def is_connected(self) -> bool:
+        """Also False in a forked child, and once the event loop that connected is closed."""
+        return self._session is not None and self._session.database.is_usable
+
+    async def append(
+        self, queue_name: str, tasks: list[Payload], unique: bool = True
+    ) -> list[bool]:
+        """Whether each task was put in line; with `unique` only those whose id was free."""
+        return await self._connected.producer.append(queue_name, tasks, unique=unique)
+
+    async def pop(
+        self, queue_name: str, limit: int = 1, timeout: float | None = None
+    ) -> list[Payload]:
+        """Up to `limit` tasks, claimed, first in first out.
+
+        Waits up to `timeout` seconds for the first one; None or 0: not at all.
+        """
+        return await self._connected.consumer.pop(queue_name, limit, timeout)
+
+    async def get_pending(self, queue_name: str, count: int = 1) -> list[Payload]:
+        """The tasks that pop would return next."""
+        return await self._connected.viewer.get_pending(queue_name, count)
+
+    async def size(self, queue_name: str) -> int:
+        """How many tasks wait in line; claimed and scheduled ones do not count."""
+        return await self._connected.viewer.size(queue_name)
+
+    async def get_tasks(self, queue_name: str, task_ids: list[str]) -> dict[str, Payload]:
+        """Those of the tasks that exist, in whatever state, by id."""
+        return await self._connected.viewer.get_tasks(queue_name, task_ids)
+
+    async def get_all_tasks(self, queue_name: str) -> list[Payload]:
+        """Every task of the queue, finished ones included."""
+        return await self._connected.viewer.get_all_tasks(queue_name)
+
+    async def schedule(
+        self, queue_name: str, task_data: Payload, at: datetime, unique: bool = True
+    ) -> bool:
+        """Have a task become due at `at` (aware); with `unique` only if its id is free."""
+        return await self._connected.producer.schedule(queue_name, task_data, at, unique=unique)
+
+    async def get_scheduled(self, queue_name: str) -> list[Payload]:
+        """Scheduled tasks, due or not, the earliest first."""
+        return await self._connected.viewer.get_scheduled(queue_name)
+
+    async def pop_scheduled(self, queue_name: str, now: datetime | None = None) -> list[Payload]:
+        """Tasks due at `now` (aware; None: by the database's clock), the earliest first.
+
+        The caller appends them with unique=False; one that it does not is due again after 30 s.
+        """
+        return await self._connected.producer.pop_scheduled(queue_name, now)
+
+    async def store_result(self, queue_name: str, task_data: Payload) -> bool:
+        """Store a task that ran and end this instance's claim on it; always True.
+
+        Nothing is changed where the claim was lost to a retry or a clear.
+        """
+        return await self._connected.consumer.store_result(queue_name, task_data)
+
+    async def acknowledge(self, queue_name: str, task_ids: list[str]) -> None:
+        """End this instance's claims on tasks without changing what is stored."""
+        await self._connected.consumer.acknowledge(queue_name, task_ids)
+
+    async def get_results(
+        self, queue_name: str, task_ids: list[str], timeout: float | None = None
+    ) -> dict[str, Payload]:
+        """Finished tasks by id.
+
+        None or a negative timeout: those finished now. 0: wait for all, however long.
+        Positive: wait that many seconds for all of them, else TimeoutError.
+        """
+        return await self._connected.viewer.get_results(queue_name, task_ids, timeout)
+
+    async def get_stats(self, queue_name: str) -> dict[str, int]:
+        """Numbers of tasks: "pending", "completed" (finished, not expired) and "scheduled"."""
+        return await self._connected.viewer.get_stats(queue_name)
+
+    async def list_queues(self) -> dict[str, int]:
+        """How many tasks wait in each queue that was used since it was last cleared."""
+        return await self._connected.viewer.list_queues()
+
+    async def clear(self, queue_name: str) -> int:
+        """Delete everything in a queue but its workflows; how many tasks and crons there were."""
+        return await self._connected.producer.clear(queue_name)
+
+    async def add_cron(self, queue_name: str, deterministic_id: str, task_cron: Payload) -> bool:
+        """Store a cron; False where it is already there. A bad expression is a ValueError."""
+        return await self._connected.definitions.add_cron(queue_name, deterministic_id, task_cron)
+
+    async def delete_cron(self, queue_name: str, deterministic_id: str) -> bool:
+        """Delete a cron; False where there was none."""
+        return await self._connected.definitions.delete_cron(queue_name, deterministic_id)
+
+    async def get_crons(self, queue_name: str) -> list[Payload]:
+        """The queue's crons, the oldest first."""
+        return await self._connected.definitions.get_crons(queue_name)
+
+    async def store_workflow(self, queue_name: str, workflow_data: Payload) -> bool:
+        """Store a workflow and what it waits for, in place of an earlier state; always True."""
+        return await self._connected.definitions.store_workflow(queue_name, workflow_data)
+
+    async def get_workflows(self, queue_name: str, workflow_ids: list[str]) -> dict[str, Payload]:
+        """Those of the workflows that exist, by id."""
+        return await self._connected.definitions.get_workflows(queue_name, workflow_ids)
+
+    async def get_all_workflows(self, queue_name: str) -> list[Payload]:
+        """Every workflow of the queue, the oldest first."""
+        return await self._connected.definitions.get_all_workflows(queue_name)
+
+    async def get_pending_workflows(self, queue_name: str) -> list[Payload]:
+        """Workflows that have neither completed nor failed, the oldest first."""
+        return await self._connected.definitions.get_pending_workflows(queue_name)
+
+    async def delete_workflow(self, queue_name: str, workflow_id: str) -> bool:
+        """Delete a workflow; False where there was none."""
+        return await self._connected.definitions.delete_workflow(queue_name, workflow_id)
+
+    async def mark_workflow_task_complete(
+        self, queue_name: str, workflow_id: str, task_id: str
+    ) -> int:
+        """How many tasks the workflow still waits for; -1 if it did not wait for this one."""
+        return await self._connected.definitions.complete_task(queue_name, workflow_id, task_id)
+
+    async def acquire_rate_limit(
+        self,
+        queue_name: str,
+        key: str,
+        max_rate: int,
+        rate_period: float,
+        task_id: str,
+        strategy: str = "sliding_window",
+    ) -> float | None:
+        """None if the task may start now, else seconds to wait.
+
+        At most `max_rate` starts in `rate_period` seconds, which slide along, or with
+        "fixed_window" begin with the first start.
+        """
+        return await self._connected.limiter.acquire(
+            queue_name, key, max_rate, rate_period, task_id, strategy
+        )
+
+    @property
+    def _connected(self) -> Session:
+        if self._session is None or not self._session.database.is_usable:
+            raise BackendError("Not connected: call connect() first")
+        return self._session
+
+    def _connect_lock(self) -> asyncio.Lock:
+        """The lock of the running event loop; one from a closed loop must not be used again."""
+        loop = asyncio.get_running_loop()
+        if self._connecting is None or self._connecting[0] is not loop:
+            self._connecting = (loop, asyncio.Lock())
+        return self._connecting[1]
+
+    def __repr__(self) -> str:
+        shown = self._url_or_engine
+        where = shown.url if isinstance(shown, AsyncEngine) else _urls.redact(shown)
+        return f"SqlBackend({str(where)!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled unconnected: the host's "work --reload" sends its backend to a new process."""
+        if isinstance(self._url_or_engine, AsyncEngine):
+            raise TypeError("A SqlBackend on an engine cannot be pickled; make it from a URL")
+        return _rebuild, (self._url_or_engine, dataclasses.asdict(self._options))
+
+
+def _rebuild(url: str | URL, options: dict[str, Any]) -> SqlBackend:
+    return SqlBackend(url, **options)
+
+
+def _database_of(url_or_engine: str | URL | AsyncEngine) -> str:
+    """SQLAlchemy's name of the database; ValueError where it is not one of ours."""
+    if not isinstance(url_or_engine, AsyncEngine):
+        return _urls.parse(url_or_engine).url.get_backend_name()
+    if url_or_engine.driver not in {"asyncpg", "aiosqlite"}:
+        raise ValueError(
+            f"The engine uses {url_or_engine.dialect.name}+{url_or_engine.driver}; accepted are "
+            "postgresql+asyncpg and sqlite+aiosqlite"
+        )
+    return url_or_engine.dialect.name

@@ -1,0 +1,15 @@
+"""The seam between the two databases: what they do differently, and nothing else."""
+
+from __future__ import annotations
+
+from .base import Dialect as Dialect
+from .base import ServerRefusedError as ServerRefusedError
+from .postgresql import PostgreSQL
+from .sqlite import SQLite
+
+_DIALECTS: dict[str, type[Dialect]] = {"postgresql": PostgreSQL, "sqlite": SQLite}
+
+
+def dialect_named(name: str) -> Dialect:
+    """The dialect for SQLAlchemy's name of it."""
+    return _DIALECTS[name]()

@@ -1,0 +1,57 @@
+"""What a database must offer; everything above asks these members, never for a name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy import ColumnElement, FromClause, Table
+    from sqlalchemy.dialects.postgresql import Insert as PostgreSQLInsert
+    from sqlalchemy.dialects.sqlite import Insert as SQLiteInsert
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.types import TypeEngine
+
+    from .._urls import Target
+
+    Columns = Mapping[str, tuple[TypeEngine[Any], Sequence[Any]]]
+
+
+class ServerRefusedError(Exception):
+    """The server cannot carry the queue; the message says why and what to do."""
+
+
+class Dialect(ABC):
+    """Seven differences between PostgreSQL and SQLite."""
+
+    embedded: ClassVar[bool]
+    """A file of this machine: one transaction writes at a time, and nobody deploys its tables."""
+
+    @abstractmethod
+    def create_engine(
+        self, target: Target, *, pool_size: int, connect_timeout: float
+    ) -> AsyncEngine:
+        """An engine of our own; it opens nothing yet. `connect_timeout` is in seconds."""
+
+    @abstractmethod
+    async def check_server(self, connection: AsyncConnection) -> datetime | None:
+        """The server's clock, None where it is this machine's; ServerRefusedError if too old."""
+
+    @abstractmethod
+    async def begin(self, connection: AsyncConnection, *, write: bool) -> None:
+        """Begin a transaction in which a later statement sees what committed meanwhile."""
+
+    @abstractmethod
+    def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
+        """The database's clock, `plus` seconds later; an index can be searched by it."""
+
+    @abstractmethod
+    def unnest(self, columns: Columns) -> FromClause:
+        """Rows from lists, in one parameter a column, with `ordinal` counting from 1."""
+
+    @abstractmethod
+    def insert(self, table: Table) -> PostgreSQLInsert | SQLiteInsert:
+        """An INSERT that knows ON CONFLICT."""

@@ -1,0 +1,97 @@
+"""PostgreSQL through asyncpg."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import ARRAY, ColumnElement, Interval, bindparam, column, func, literal, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from .base import Dialect, ServerRefusedError
+
+if TYPE_CHECKING:
+    from sqlalchemy import FromClause, Table
+    from sqlalchemy.dialects.postgresql import Insert
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from .._urls import Target
+    from .base import Columns
+
+OLDEST_VERSION = 14
+
+
+class PostgreSQL(Dialect):
+    embedded = False
+
+    def create_engine(
+        self, target: Target, *, pool_size: int, connect_timeout: float
+    ) -> AsyncEngine:
+        return create_async_engine(
+            target.url,
+            connect_args={"timeout": connect_timeout, **target.connect_args},
+            pool_size=pool_size,
+            max_overflow=0,
+            # A caller waits for its turn; the host's worker would end on an error.
+            pool_timeout=None,
+            # A message of SQLAlchemy's would otherwise quote payloads.
+            hide_parameters=True,
+        )
+
+    async def check_server(self, connection: AsyncConnection) -> datetime | None:
+        version, standby, read_only, encoding, now = (
+            await connection.execute(
+                select(
+                    func.current_setting("server_version_num"),
+                    func.pg_is_in_recovery(),
+                    func.current_setting("transaction_read_only"),
+                    func.current_setting("server_encoding"),
+                    func.clock_timestamp(type_=None),
+                )
+            )
+        ).one()
+        major = int(version) // 10_000
+        if major < OLDEST_VERSION:
+            raise ServerRefusedError(
+                f"PostgreSQL {major} is too old: {OLDEST_VERSION} or newer is needed; upgrade it"
+            )
+        if standby or read_only == "on":
+            what = "a standby" if standby else "set to default_transaction_read_only"
+            raise ServerRefusedError(
+                f"the server is read-only ({what}): connect to the primary, for example with "
+                "?target_session_attrs=read-write and all hosts in the URL"
+            )
+        if encoding != "UTF8":
+            raise ServerRefusedError(
+                f"the database's encoding is {encoding}: create it with ENCODING 'UTF8'"
+            )
+        moment: datetime = now
+        return moment
+
+    async def begin(self, connection: AsyncConnection, *, write: bool) -> None:
+        # The engine may belong to the application, whose default may be stricter,
+        # AUTOCOMMIT, or another schema. A lone read needs no BEGIN and COMMIT.
+        await connection.execution_options(
+            isolation_level="READ COMMITTED" if write else "AUTOCOMMIT",
+            schema_translate_map=None,
+        )
+
+    def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
+        # Not clock_timestamp(): it is volatile, and no index is searched by it.
+        now: ColumnElement[Any] = func.statement_timestamp()
+        return now + literal(timedelta(seconds=plus), Interval) if plus else now
+
+    def unnest(self, columns: Columns) -> FromClause:
+        arrays = [
+            bindparam(None, list(values), type_=ARRAY(type_)) for type_, values in columns.values()
+        ]
+        names = [column(name, type_) for name, (type_, _) in columns.items()]
+        return (
+            func.unnest(*arrays)
+            .table_valued(*names, with_ordinality="ordinal", name="item")
+            .render_derived()
+        )
+
+    def insert(self, table: Table) -> Insert:
+        return insert(table)

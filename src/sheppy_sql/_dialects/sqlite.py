@@ -1,0 +1,109 @@
+"""SQLite through aiosqlite: for a laptop, a test, a small single machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import ColumnElement, event, func, literal, select
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
+
+from ..schema import Timestamp, sqlite_timestamp
+from .base import Dialect, ServerRefusedError
+
+if TYPE_CHECKING:
+    from sqlalchemy import FromClause, Table
+    from sqlalchemy.dialects.sqlite import Insert
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from .._urls import Target
+    from .base import Columns
+
+OLDEST_VERSION = (3, 35, 0)
+BUSY_TIMEOUT = 5_000  # milliseconds
+
+
+class SQLite(Dialect):
+    embedded = True
+
+    def create_engine(
+        self, target: Target, *, pool_size: int, connect_timeout: float
+    ) -> AsyncEngine:
+        memory = is_memory(target)
+        pool: dict[str, Any] = (
+            # Every connection to :memory: is a database of its own.
+            {"poolclass": StaticPool}
+            if memory
+            else {
+                "poolclass": AsyncAdaptedQueuePool,
+                "pool_size": pool_size,
+                "max_overflow": 0,
+                "pool_timeout": None,
+            }
+        )
+        engine = create_async_engine(
+            target.url,
+            connect_args={"timeout": BUSY_TIMEOUT / 1000, **target.connect_args},
+            hide_parameters=True,
+            **pool,
+        )
+        event.listen(engine.sync_engine, "connect", _prepare)
+        return engine
+
+    async def check_server(self, connection: AsyncConnection) -> datetime | None:
+        version = tuple(int(part) for part in sqlite3.sqlite_version.split("."))
+        if version < OLDEST_VERSION:
+            oldest = ".".join(map(str, OLDEST_VERSION))
+            raise ServerRefusedError(
+                f"SQLite {sqlite3.sqlite_version} is too old: {oldest} or newer is needed; "
+                "use a newer Python, which brings its own"
+            )
+        return None
+
+    async def begin(self, connection: AsyncConnection, *, write: bool) -> None:
+        # The driver's own BEGIN would be a deferred one, whose upgrade to a write
+        # lock fails at once where another writer came in between.
+        await connection.execution_options(isolation_level="AUTOCOMMIT", schema_translate_map=None)
+        if write:
+            await connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
+        # The same machine's clock, and finer than SQLite's own milliseconds.
+        return literal(datetime.now(timezone.utc) + timedelta(seconds=plus), Timestamp)
+
+    def unnest(self, columns: Columns) -> FromClause:
+        rows = [
+            [sqlite_timestamp(value) if isinstance(value, datetime) else value for value in row]
+            for row in zip(*(values for _, values in columns.values()), strict=True)
+        ]
+        item = func.json_each(json.dumps(rows)).table_valued("key", "value", name="entry")
+        extracted = [
+            func.json_extract(item.c.value, f"$[{index}]", type_=type_).label(name)
+            for index, (name, (type_, _)) in enumerate(columns.items())
+        ]
+        ordinal = (item.c.key + 1).label("ordinal")
+        return select(*extracted, ordinal).subquery("item")
+
+    def insert(self, table: Table) -> Insert:
+        return insert(table)
+
+
+def is_memory(target: Target) -> bool:
+    database = target.url.database or ":memory:"
+    return database == ":memory:" or "mode=memory" in database
+
+
+def _prepare(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    # busy_timeout first: switching to WAL needs a lock that others may hold.
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+    # A file that cannot be written keeps the journal it has.
+    with contextlib.suppress(sqlite3.OperationalError):
+        cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.close()

@@ -1,0 +1,128 @@
+"""What a driver's error means, and the one sentence that a person gets to read."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import ssl
+from collections.abc import Iterator
+
+from sheppy import BackendError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+UPGRADE_HINT = 'run "sheppy-sql db upgrade --url URL" (or "alembic upgrade head")'
+
+
+class Fault(enum.Enum):
+    """What can be done about an error."""
+
+    CONFLICT = enum.auto()
+    """Rolled back because of somebody else: the same again may work at once."""
+    OTHER = enum.auto()
+
+
+# PostgreSQL's SQLSTATE: serialization failure, deadlock, lock timeout.
+_CONFLICTS = frozenset({"40001", "40P01", "55P03"})
+
+_HINTS_BY_STATE = {
+    "28P01": "check the user and the password in the URL",
+    "28000": "check the user in the URL and pg_hba.conf on the server",
+    "3D000": "create the database, or correct its name in the URL",
+    "42P01": f"tables are missing or another schema is meant: {UPGRADE_HINT}",
+    "3F000": f"the schema is missing: {UPGRADE_HINT}",
+    "42703": f"the tables are of another version: {UPGRADE_HINT}",
+    "42501": "grant this user SELECT, INSERT, UPDATE and DELETE on the tables, USAGE on the "
+    "sequence and the schema",
+    "25006": "the server is read-only: connect to the primary",
+    "53300": "the server has no free connections: raise max_connections or lower pool_size",
+    "53100": "the server's disk is full: make room",
+}
+
+# Python 3.10 has no sqlite_errorcode; SQLite's texts have been the same for decades.
+_HINTS_BY_TEXT = {
+    "readonly database": "the database file is read-only: check its permissions",
+    "unable to open database file": "check that its folder exists and can be written",
+    "no such table": f"tables are missing: {UPGRADE_HINT}",
+    "no such column": f"the tables are of another version: {UPGRADE_HINT}",
+    "file is not a database": "the file is something else: check the path in the URL",
+    "is locked": "another program holds a long transaction on the file: end it",
+    "disk is full": "make room on the disk",
+}
+
+
+def fault(error: BaseException) -> Fault:
+    """What can be done about `error`."""
+    root = _root(error)
+    if _sqlstate(root) in _CONFLICTS or _is_sqlite_busy(root):
+        return Fault.CONFLICT
+    return Fault.OTHER
+
+
+def is_missing_table(error: BaseException) -> bool:
+    root = _root(error)
+    return _sqlstate(root) in {"42P01", "3F000"} or "no such table" in str(root)
+
+
+def is_driver_error(error: BaseException) -> bool:
+    """Whether `error` comes from the database or the way to it, and not from a caller."""
+    return isinstance(
+        error, (SQLAlchemyError, OSError, asyncio.TimeoutError, ssl.SSLError)
+    ) or _module(error).startswith(("asyncpg", "sqlite3", "aiosqlite"))
+
+
+def backend_error(action: str, error: BaseException) -> BackendError:
+    """`Failed to <action>: <what the driver said>; <what to do>`, without any payload."""
+    root = _root(error)
+    said = _said(root)
+    hint = _hint(root)
+    return BackendError(f"Failed to {action}: {said}{f'; {hint}' if hint else ''}")
+
+
+def _root(error: BaseException) -> BaseException:
+    """The driver's own exception, below what SQLAlchemy puts around it."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return error.orig.__cause__ or error.orig
+    return error
+
+
+def _sqlstate(root: BaseException) -> str | None:
+    state = getattr(root, "sqlstate", None)
+    return state if isinstance(state, str) else None
+
+
+def _is_sqlite_busy(root: BaseException) -> bool:
+    return _module(root) == "sqlite3" and "is locked" in str(root)
+
+
+def _said(root: BaseException) -> str:
+    """The error's text; of a data error only its kind, since its text quotes the data."""
+    state = _sqlstate(root)
+    if state is not None:
+        text = str(getattr(root, "message", None) or root.args[0]) if root.args else ""
+        # Classes 22 and 23 (data and constraints) and the detail lines carry values.
+        said = "" if state[:2] in {"22", "23"} else text.splitlines()[0] if text else ""
+        return f"{said or type(root).__name__} (SQLSTATE {state})"
+    if isinstance(root, (asyncio.TimeoutError, TimeoutError)):
+        return "the server did not answer in time"
+    if isinstance(root, SQLAlchemyError):
+        return type(root).__name__
+    text = str(root).strip()
+    return text.splitlines()[0] if text else type(root).__name__
+
+
+def _hint(root: BaseException) -> str | None:
+    if state := _sqlstate(root):
+        return _HINTS_BY_STATE.get(state)
+    if isinstance(root, ssl.SSLError):
+        return "check sslmode and sslrootcert in the URL"
+    if isinstance(root, OSError) and _module(root) != "sqlite3":
+        return "check that the server runs and that host and port in the URL are right"
+    return next(_matching(str(root)), None)
+
+
+def _matching(text: str) -> Iterator[str]:
+    return (hint for part, hint in _HINTS_BY_TEXT.items() if part in text)
+
+
+def _module(error: BaseException) -> str:
+    return type(error).__module__

@@ -1,0 +1,162 @@
+"""Putting tasks in: at once, for later, and those whose time has come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from . import _wakeups
+from ._database import new_token
+from ._payloads import Payload, TaskRow, decode, encode_task
+from ._stores import queues as queue_store
+from ._stores import scheduled as schedule_store
+from ._stores import tasks as task_store
+from ._validation import check_moment, check_queue
+from .schema import PENDING, SCHEDULED
+
+if TYPE_CHECKING:
+    from ._consumer import Consumer
+    from ._database import Database, Transaction
+    from ._options import Options
+    from ._wakeups import Wakeups
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A task that this instance has popped from the schedule and not yet appended."""
+
+    token: int
+    payload: str
+
+    def is_kept_by(self, row: TaskRow) -> bool:
+        """Whether an append is the promised one: the same task, now pending.
+
+        Anything else is somebody's retry, which must not depend on a lease.
+        """
+        return json.dumps({**decode(self.payload), "status": "pending"}) == row.payload
+
+
+class Producer:
+    """append, schedule and pop_scheduled of one backend instance."""
+
+    def __init__(
+        self, database: Database, wakeups: Wakeups, consumer: Consumer, options: Options
+    ) -> None:
+        self._database = database
+        self._wakeups = wakeups
+        self._consumer = consumer
+        self._max_bytes = options.max_payload_bytes
+        self._known_queues: set[str] = set()
+        self._leases: dict[tuple[str, str], Lease] = {}
+
+    async def append(self, queue: str, tasks: Sequence[Payload], *, unique: bool) -> list[bool]:
+        """Put tasks in line; which of them were taken, in the caller's order."""
+        check_queue(queue)
+        if not isinstance(tasks, (list, tuple)):
+            raise ValueError(f"tasks must be a list, not {type(tasks).__name__}")
+        rows = [encode_task(task, self._max_bytes) for task in tasks]
+        if unique:
+            return await self._append_new(queue, rows)
+        await self._append_again(queue, rows)
+        return [True] * len(rows)
+
+    async def schedule(self, queue: str, task: Payload, at: datetime, *, unique: bool) -> bool:
+        """Have a task become due at `at`; False where `unique` and its id is taken."""
+        check_queue(queue)
+        row, run_at = encode_task(task, self._max_bytes), check_moment(at, "at")
+        # Crons are offered again and again: where one transaction writes at a time, look first.
+        look_first = unique and self._database.dialect.embedded
+        if look_first and await self._database.read(
+            "look for a task", task_store.exists, queue, row.id
+        ):
+            return False
+        scheduled = await self._database.write(
+            "schedule a task", self._schedule, queue, row, run_at, unique
+        )
+        if not unique:
+            self._supersede(queue, [row])
+        self._known_queues.add(queue)
+        return scheduled
+
+    async def pop_scheduled(self, queue: str, now: datetime | None) -> list[Payload]:
+        """Tasks that are due, the earliest first; an append of them is expected to follow."""
+        check_queue(queue)
+        moment = None if now is None else check_moment(now, "now")
+        if self._database.dialect.embedded and not await self._database.read(
+            "look for due tasks", schedule_store.has_due, queue, moment
+        ):
+            return []
+        token = new_token()
+        due = await self._database.write(
+            "take due tasks", schedule_store.lease_due, queue, moment, token
+        )
+        self._leases.update({(queue, task_id): Lease(token, text) for task_id, text in due})
+        return [decode(text) for _, text in due]
+
+    async def clear(self, queue: str) -> int:
+        """Empty a queue; how many tasks and crons there were."""
+        check_queue(queue)
+        removed = await self._database.write("clear a queue", queue_store.clear, queue)
+        self._known_queues.discard(queue)
+        return removed
+
+    async def _append_new(self, queue: str, rows: Sequence[TaskRow]) -> list[bool]:
+        first = {row.id: index for index, row in reversed(list(enumerate(rows)))}
+        unique_rows = [row for index, row in enumerate(rows) if first[row.id] == index]
+        added = await self._database.write("append tasks", self._add, queue, unique_rows)
+        self._known_queues.add(queue)
+        if added:
+            self._wakeups.wake([_wakeups.pending(queue)])
+        return [first[row.id] == index and row.id in added for index, row in enumerate(rows)]
+
+    async def _append_again(self, queue: str, rows: Sequence[TaskRow]) -> None:
+        # The last of several with one id, in the place of the first.
+        latest = {row.id: row for row in rows}
+        leases = {
+            row.id: lease.token
+            for row in latest.values()
+            if (lease := self._leases.get((queue, row.id))) and lease.is_kept_by(row)
+        }
+        await self._database.write("append tasks", self._put, queue, list(latest.values()), leases)
+        self._supersede(queue, latest.values())
+        self._known_queues.add(queue)
+        self._wakeups.wake([_wakeups.pending(queue)])
+
+    def _supersede(self, queue: str, rows: Iterable[TaskRow]) -> None:
+        """Forget what this instance held of tasks that are stored anew."""
+        for row in rows:
+            self._leases.pop((queue, row.id), None)
+            self._consumer.forget(queue, row.id)
+
+    async def _add(self, tx: Transaction, queue: str, rows: Sequence[TaskRow]) -> set[str]:
+        await self._register(tx, queue)
+        return await task_store.add(tx, queue, rows, new_token(), PENDING) if rows else set()
+
+    async def _put(
+        self, tx: Transaction, queue: str, rows: Sequence[TaskRow], leases: Mapping[str, int]
+    ) -> None:
+        await self._register(tx, queue)
+        kept = [row for row in rows if row.id in leases]
+        others = [row for row in rows if row.id not in leases]
+        if kept:
+            await schedule_store.promote(tx, queue, kept, leases, new_token())
+        if others:
+            await task_store.put(tx, queue, others, new_token(), PENDING)
+
+    async def _schedule(
+        self, tx: Transaction, queue: str, row: TaskRow, run_at: datetime, unique: bool
+    ) -> bool:
+        await self._register(tx, queue)
+        if not unique:
+            await task_store.put(tx, queue, [row], new_token(), SCHEDULED)
+        elif not await task_store.add(tx, queue, [row], new_token(), SCHEDULED):
+            return False
+        await schedule_store.put(tx, queue, row.id, run_at)
+        return True
+
+    async def _register(self, tx: Transaction, queue: str) -> None:
+        if queue not in self._known_queues:
+            await queue_store.register(tx, queue)

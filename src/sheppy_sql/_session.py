@@ -1,0 +1,159 @@
+"""What exists between connect() and disconnect()."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import uuid
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from sheppy import BackendError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from . import _urls, _wakeups, migrate
+from ._consumer import Consumer
+from ._database import Database, Transaction
+from ._definitions import Definitions
+from ._dialects import ServerRefusedError, dialect_named
+from ._errors import UPGRADE_HINT, is_missing_table
+from ._limiter import Limiter
+from ._producer import Producer
+from ._stores import installation as installation_store
+from ._viewer import Viewer
+from .schema import SCHEMA_VERSION, Tables
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+    from ._options import Options
+    from ._stores.installation import Installation
+
+logger = logging.getLogger("sheppy_sql")
+
+CLOCK_TOLERANCE = 2.0  # seconds
+
+
+class Session:
+    """One connected backend: its database, and the parts that work on it."""
+
+    def __init__(
+        self,
+        database: Database,
+        installation: Installation,
+        options: Options,
+        *,
+        owns_engine: bool,
+    ) -> None:
+        wakeups = _wakeups.hub(installation.name)
+        owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self.database = database
+        self.consumer = Consumer(database, wakeups, options, owner=owner)
+        self.producer = Producer(database, wakeups, self.consumer, options)
+        self.viewer = Viewer(database, wakeups, options)
+        self.definitions = Definitions(database, options)
+        self.limiter = Limiter(database)
+        self._owns_engine = owns_engine
+
+    @classmethod
+    async def open(
+        cls, url_or_engine: str | URL | AsyncEngine, tables: Tables, options: Options
+    ) -> Session:
+        """Connect by a URL, or through an engine that stays the application's.
+
+        Raises BackendError where the server or its tables cannot be used.
+        """
+        if isinstance(url_or_engine, AsyncEngine):
+            engine, ours = url_or_engine, False
+        else:
+            engine, ours = _engine(url_or_engine, options), True
+        database = Database(engine, tables, dialect_named(engine.dialect.name))
+        try:
+            offset = await database.read("connect", _check_server)
+            installation = await _installation(database, options)
+        except BaseException:
+            if ours:
+                await engine.dispose()
+            raise
+        if offset is not None and abs(offset) > CLOCK_TOLERANCE:
+            logger.warning(
+                "This machine's clock and the database's differ by %.1f s: tasks scheduled "
+                "from here start that much off; synchronise the clocks",
+                abs(offset),
+            )
+        return cls(database, installation, options, owns_engine=ours)
+
+    async def close(self) -> None:
+        """Finish what is under way, then leave the database."""
+        await self.database.close()
+        if self._owns_engine:
+            await self.database.engine.dispose()
+
+    def abandon(self) -> None:
+        """Leave without a word: the event loop is closed, or the sockets are the parent's."""
+        if self._owns_engine:
+            self.database.engine.sync_engine.dispose(close=False)
+
+
+def _engine(url: str | URL, options: Options) -> AsyncEngine:
+    target = _urls.parse(url)
+    return dialect_named(target.url.get_backend_name()).create_engine(
+        target, pool_size=options.pool_size, connect_timeout=options.connect_timeout
+    )
+
+
+async def _check_server(tx: Transaction) -> float | None:
+    """Seconds by which the server's clock is ahead of this machine's, if it has its own."""
+    before = datetime.now(timezone.utc)
+    try:
+        server_time = await tx.dialect.check_server(tx.connection)
+    except ServerRefusedError as error:
+        raise BackendError(f"Failed to connect: {error}") from None
+    after = datetime.now(timezone.utc)
+    if server_time is None:
+        return None
+    return (server_time - (before + (after - before) / 2)).total_seconds()
+
+
+async def _installation(database: Database, options: Options) -> Installation:
+    """The tables' version, after bringing it up where that is ours to do."""
+    found = await database.read("connect", _read_installation)
+    outdated = found is None or found.version < SCHEMA_VERSION
+    if outdated and (database.dialect.embedded or options.migrate):
+        names = migrate.Names(options.schema, options.table_prefix)
+        await database.write("migrate the tables", _migrate, names)
+        found = await database.read("connect", _read_installation)
+    if found is None:
+        raise BackendError(f"Failed to connect: tables are missing; {UPGRADE_HINT}")
+    if found.version < SCHEMA_VERSION:
+        raise BackendError(
+            f"Failed to connect: the tables have version {found.version}, this sheppy-sql needs "
+            f"{SCHEMA_VERSION}; {UPGRADE_HINT}"
+        )
+    if found.oldest_code > SCHEMA_VERSION:
+        raise BackendError(
+            f"Failed to connect: the tables have version {found.version}, which this sheppy-sql "
+            f"(made for {SCHEMA_VERSION}) can no longer use; run "
+            '"pip install --upgrade sheppy-sql"'
+        )
+    if found.version > SCHEMA_VERSION:
+        logger.info(
+            "The tables have version %d, newer than this sheppy-sql's %d, and still accept it",
+            found.version,
+            SCHEMA_VERSION,
+        )
+    return found
+
+
+async def _read_installation(tx: Transaction) -> Installation | None:
+    try:
+        return await installation_store.read(tx)
+    except Exception as error:
+        if is_missing_table(error):
+            return None
+        raise
+
+
+async def _migrate(tx: Transaction, names: migrate.Names) -> None:
+    await migrate.upgrade_in(tx.connection, names)

@@ -1,0 +1,1 @@
+"""All SQL: one module a concern, functions over a transaction."""

@@ -1,0 +1,89 @@
+"""Queues as a whole: which there are, what is in them, emptying one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import delete, func, select, union
+
+from ..schema import DUE, PENDING
+from ._common import unexpired
+
+if TYPE_CHECKING:
+    from sqlalchemy import Column, Select, Table
+
+    from .._database import Transaction
+
+
+async def register(tx: Transaction, queue: str) -> None:
+    """Make a queue known, empty or not."""
+    await tx.execute(
+        tx.dialect.insert(tx.tables.queues).values(name=queue).on_conflict_do_nothing()
+    )
+
+
+async def list_all(tx: Transaction) -> dict[str, int]:
+    """How many tasks wait in each known queue, by name in order."""
+    tables = tx.tables
+    names = union(
+        select(tables.queues.c.name.label("queue")),
+        _distinct(tables.tasks.c.queue),
+        # A program that knew a queue before it was cleared registers it no second time.
+        _distinct(tables.results.c.queue),
+    ).subquery("names")
+    waiting = (
+        select(func.count())
+        .where(tables.tasks.c.queue == names.c.queue, tables.tasks.c.state == PENDING)
+        .scalar_subquery()
+    )
+    found = await tx.rows(select(names.c.queue, waiting.label("pending")))
+    return dict(sorted((row.queue, row.pending) for row in found))
+
+
+async def get_stats(tx: Transaction, queue: str) -> dict[str, int]:
+    """Tasks that wait, finished tasks that have not expired, tasks with a time to run."""
+    tables = tx.tables
+
+    def counted(table: Table, *conditions: Any) -> Any:
+        rows = select(func.count()).select_from(table)
+        return rows.where(table.c.queue == queue, *conditions).scalar_subquery()
+
+    pending, completed, scheduled = (
+        await tx.rows(
+            select(
+                counted(tables.tasks, tables.tasks.c.state == PENDING),
+                counted(tables.results, unexpired(tx)),
+                counted(tables.scheduled_tasks, tables.scheduled_tasks.c.kind == DUE),
+            )
+        )
+    )[0]
+    return {"pending": pending, "completed": completed, "scheduled": scheduled}
+
+
+async def clear(tx: Transaction, queue: str) -> int:
+    """Delete all but a queue's workflows; how many tasks, in every state, and crons there were."""
+    tables = tx.tables
+    finished = select(func.count()).where(tables.results.c.queue == queue, unexpired(tx))
+    # The order in which everybody locks: tasks, by id, then results, then the rest.
+    locked = select(tables.tasks.c.id).where(tables.tasks.c.queue == queue)
+    await tx.rows(locked.order_by(tables.tasks.c.id).with_for_update())
+    removed = await tx.count(delete(tables.tasks).where(tables.tasks.c.queue == queue))
+    removed += int(await tx.scalar(finished))
+    for table in (
+        tables.results,
+        tables.scheduled_tasks,
+        tables.rate_limits,
+        tables.rate_limit_entries,
+    ):
+        await tx.execute(delete(table).where(table.c.queue == queue))
+    removed += await tx.count(delete(tables.crons).where(tables.crons.c.queue == queue))
+    await tx.execute(delete(tables.queues).where(tables.queues.c.name == queue))
+    return removed
+
+
+def _distinct(queue: Column[str]) -> Select[tuple[str]]:
+    """The queues in a table, one look into its primary key for each, however many rows."""
+    first = select(func.min(queue).label("queue")).cte(f"{queue.table.name}_queues", recursive=True)
+    after = select(func.min(queue)).where(queue > first.c.queue).scalar_subquery()
+    names = first.union_all(select(after).where(first.c.queue.is_not(None)))
+    return select(names.c.queue).where(names.c.queue.is_not(None))

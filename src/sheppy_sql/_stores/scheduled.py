@@ -1,0 +1,141 @@
+"""When live tasks are due, and who is about to put them in line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import BigInteger, Text, and_, delete, literal, null, or_, select, update
+
+from ..schema import DUE, LEASED, PARKED, PENDING, Timestamp
+from . import tasks as task_store
+from ._common import id_list
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+
+    from .._database import Transaction
+    from .._payloads import TaskRow
+
+LEASE = 30.0
+"""Seconds in which the append must follow a pop_scheduled before the task is due again."""
+
+
+async def put(tx: Transaction, queue: str, task_id: str, run_at: datetime) -> None:
+    """Schedule a live task, or move it."""
+    await _upsert(tx, queue, task_id, DUE, run_at)
+
+
+async def park(tx: Transaction, queue: str, task_id: str, seconds: float) -> None:
+    """Have a task become due by itself if nobody schedules it within `seconds`."""
+    await _upsert(tx, queue, task_id, PARKED, tx.dialect.now(plus=seconds))
+
+
+async def remove(tx: Transaction, queue: str, task_id: str) -> None:
+    scheduled = tx.tables.scheduled_tasks
+    await tx.execute(
+        delete(scheduled).where(scheduled.c.queue == queue, scheduled.c.task_id == task_id)
+    )
+
+
+async def get_all(tx: Transaction, queue: str) -> list[str]:
+    """The payloads of scheduled tasks, due or not, the earliest first."""
+    scheduled, tasks = tx.tables.scheduled_tasks, tx.tables.tasks
+    statement = (
+        select(tasks.c.payload)
+        .where(
+            scheduled.c.queue == queue,
+            scheduled.c.kind == DUE,
+            tasks.c.queue == scheduled.c.queue,
+            tasks.c.id == scheduled.c.task_id,
+        )
+        .order_by(scheduled.c.run_at, scheduled.c.task_id)
+    )
+    return [row.payload for row in await tx.rows(statement)]
+
+
+async def has_due(tx: Transaction, queue: str, now: datetime | None) -> bool:
+    """Whether `lease_due` could find anything."""
+    scheduled = tx.tables.scheduled_tasks
+    found = select(1).where(scheduled.c.queue == queue, _is_due(tx, now)).limit(1)
+    return await tx.scalar(found) is not None
+
+
+async def lease_due(
+    tx: Transaction, queue: str, now: datetime | None, token: int
+) -> list[tuple[str, str]]:
+    """(id, payload) of what is due, hidden from others until LEASE has passed.
+
+    Not moved into line yet: the host does that by an append, and where it dies
+    before, the task is due again.
+    """
+    scheduled, tasks = tx.tables.scheduled_tasks, tx.tables.tasks
+    due = (
+        select(scheduled.c.task_id, tasks.c.payload)
+        .where(
+            scheduled.c.queue == queue,
+            _is_due(tx, now),
+            tasks.c.queue == scheduled.c.queue,
+            tasks.c.id == scheduled.c.task_id,
+        )
+        .order_by(scheduled.c.run_at, scheduled.c.task_id)
+        .with_for_update(of=[tasks, scheduled], skip_locked=True)
+    )
+    leased = [(row.task_id, row.payload) for row in await tx.rows(due)]
+    if leased:
+        item = id_list(tx, sorted(task_id for task_id, _ in leased))
+        await tx.execute(
+            update(scheduled)
+            .where(scheduled.c.queue == queue, scheduled.c.task_id == item.c.id)
+            .values(kind=LEASED, lease_token=token, run_at=tx.dialect.now(plus=LEASE))
+        )
+    return leased
+
+
+async def promote(
+    tx: Transaction, queue: str, rows: Sequence[TaskRow], leases: Mapping[str, int], token: int
+) -> None:
+    """Put leased tasks in line, those of `rows` whose lease (token by id) still holds."""
+    scheduled, tasks = tx.tables.scheduled_tasks, tx.tables.tasks
+    ids = sorted(leases)
+    item = tx.dialect.unnest(
+        {"id": (Text(), ids), "token": (BigInteger(), [leases[task_id] for task_id in ids])}
+    )
+    held = (
+        select(tasks.c.id)
+        .where(
+            scheduled.c.queue == queue,
+            scheduled.c.task_id == item.c.id,
+            scheduled.c.lease_token == item.c.token,
+            tasks.c.queue == scheduled.c.queue,
+            tasks.c.id == scheduled.c.task_id,
+        )
+        .order_by(tasks.c.id)
+        .with_for_update(of=[tasks, scheduled])
+    )
+    promoted = {row.id for row in await tx.rows(held)}
+    await task_store.put(tx, queue, [row for row in rows if row.id in promoted], token, PENDING)
+
+
+def _is_due(tx: Transaction, now: datetime | None) -> ColumnElement[bool]:
+    """Due by the caller's time if it gave one; leases and parks by the database's only."""
+    scheduled = tx.tables.scheduled_tasks
+    moment = tx.dialect.now()
+    if now is None:
+        return scheduled.c.run_at <= moment
+    return or_(
+        and_(scheduled.c.kind == DUE, scheduled.c.run_at <= literal(now, Timestamp)),
+        and_(scheduled.c.kind != DUE, scheduled.c.run_at <= moment),
+    )
+
+
+async def _upsert(tx: Transaction, queue: str, task_id: str, kind: str, run_at: Any) -> None:
+    scheduled = tx.tables.scheduled_tasks
+    values = {"run_at": run_at, "kind": kind, "lease_token": null()}
+    statement = tx.dialect.insert(scheduled).values(queue=queue, task_id=task_id, **values)
+    await tx.execute(
+        statement.on_conflict_do_update(
+            index_elements=[scheduled.c.queue, scheduled.c.task_id], set_=values
+        )
+    )

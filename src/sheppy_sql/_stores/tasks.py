@@ -1,0 +1,186 @@
+"""Live tasks: stored, replaced, looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import (
+    BigInteger,
+    ScalarSelect,
+    Text,
+    and_,
+    case,
+    delete,
+    func,
+    literal,
+    null,
+    select,
+    union_all,
+)
+
+from ..schema import PENDING, POSITION_STEP, Timestamp
+from ._common import UNCLAIMED, among, id_list, unexpired
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.types import TypeEngine
+
+    from .._database import Transaction
+    from .._payloads import TaskRow
+
+STATEMENT_BYTES = 32 * 1024 * 1024
+"""Payload in one statement: PostgreSQL ends a message at 1 GiB, memory may end earlier."""
+
+STATEMENT_ROWS = POSITION_STEP // 10
+
+
+async def add(
+    tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int, state: ColumnElement[str]
+) -> set[str]:
+    """The ids that were new to the queue, now stored in `state`; an id occurs once in `rows`.
+
+    Two statements, because an id may be finishing at this moment: the INSERT
+    waits for that transaction and then finds no live task, and only a later
+    snapshot shows the result that has taken its place.
+    """
+    tasks = tx.tables.tasks
+    added: set[str] = set()
+    for chunk in _chunks(rows):
+        insertion = tx.dialect.insert(tasks).from_select(*_stored(tx, queue, chunk, token, state))
+        statement = insertion.on_conflict_do_nothing().returning(tasks.c.id)
+        added.update(row.id for row in await tx.rows(statement))
+    if added:
+        added -= await _remove_finished(tx, queue, sorted(added), token)
+    return added
+
+
+async def put(
+    tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int, state: ColumnElement[str]
+) -> None:
+    """Store tasks whatever they were before, and end every claim on them.
+
+    One that is pending and stays so keeps its place in line; all others go to the tail.
+    """
+    tasks = tx.tables.tasks
+    for chunk in _chunks(rows):
+        insertion = tx.dialect.insert(tasks).from_select(*_stored(tx, queue, chunk, token, state))
+        new = insertion.excluded
+        stays = and_(tasks.c.state == PENDING, new.state == PENDING)
+        statement = insertion.on_conflict_do_update(
+            index_elements=[tasks.c.queue, tasks.c.id],
+            set_={
+                **{name: new[name] for name in ("payload", "state", "append_token", "status")},
+                **UNCLAIMED,
+                "position": case((stays, tasks.c.position), else_=new.position),
+            },
+        )
+        await tx.execute(statement)
+    ids = [row.id for row in rows]
+    results, scheduled = tx.tables.results, tx.tables.scheduled_tasks
+    await tx.execute(delete(results).where(results.c.queue == queue, among(tx, results.c.id, ids)))
+    await tx.execute(
+        delete(scheduled).where(scheduled.c.queue == queue, among(tx, scheduled.c.task_id, ids))
+    )
+
+
+async def exists(tx: Transaction, queue: str, task_id: str) -> bool:
+    return bool(await get(tx, queue, [task_id]))
+
+
+async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
+    """Payloads by id, in whatever state: one snapshot, so that a moving task is seen once."""
+    tasks, results = tx.tables.tasks, tx.tables.results
+    item = id_list(tx, ids)
+    live = select(tasks.c.id, tasks.c.payload).where(
+        tasks.c.queue == queue, tasks.c.id == item.c.id
+    )
+    ended = select(results.c.id, results.c.payload).where(
+        results.c.queue == queue, results.c.id == item.c.id, unexpired(tx)
+    )
+    return {row.id: row.payload for row in await tx.rows(union_all(ended, live))}
+
+
+async def get_all(tx: Transaction, queue: str) -> list[str]:
+    """Every stored payload, live ones last."""
+    tasks, results = tx.tables.tasks, tx.tables.results
+    ended = select(results.c.payload).where(results.c.queue == queue, unexpired(tx))
+    live = select(tasks.c.payload).where(tasks.c.queue == queue)
+    return [row.payload for row in await tx.rows(union_all(ended, live))]
+
+
+async def get_pending(tx: Transaction, queue: str, count: int) -> list[str]:
+    """The payloads that `claim` would take next."""
+    tasks = tx.tables.tasks
+    statement = (
+        select(tasks.c.payload)
+        .where(tasks.c.queue == queue, tasks.c.state == PENDING)
+        .order_by(tasks.c.position)
+        .limit(count)
+    )
+    return [row.payload for row in await tx.rows(statement)]
+
+
+async def size(tx: Transaction, queue: str) -> int:
+    """How many tasks wait to be taken."""
+    tasks = tx.tables.tasks
+    waiting = select(func.count()).where(tasks.c.queue == queue, tasks.c.state == PENDING)
+    return int(await tx.scalar(waiting))
+
+
+async def _remove_finished(tx: Transaction, queue: str, ids: Sequence[str], token: int) -> set[str]:
+    """The ids just added that stand among the results after all; removed again."""
+    tasks, results = tx.tables.tasks, tx.tables.results
+    item = id_list(tx, ids)
+    finished = select(results.c.id).where(
+        results.c.queue == queue, results.c.id == item.c.id, unexpired(tx)
+    )
+    statement = delete(tasks).where(
+        tasks.c.queue == queue, tasks.c.append_token == token, tasks.c.id.in_(finished)
+    )
+    return {row.id for row in await tx.rows(statement.returning(tasks.c.id))}
+
+
+def _stored(
+    tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int, state: ColumnElement[str]
+) -> tuple[list[str], Any]:
+    """Columns and SELECT for an INSERT: positions in the caller's order, locks in the ids'."""
+    order = sorted(range(len(rows)), key=lambda index: rows[index].id)
+    columns: dict[str, tuple[TypeEngine[Any], list[Any]]] = {
+        "id": (Text(), [rows[index].id for index in order]),
+        "payload": (Text(), [rows[index].payload for index in order]),
+        "func": (Text(), [rows[index].func for index in order]),
+        "status": (Text(), [rows[index].status for index in order]),
+        "created_at": (Timestamp(), [rows[index].created_at for index in order]),
+    }
+    item = tx.dialect.unnest({**columns, "place": (BigInteger(), order)})
+    values = {
+        **{name: item.c[name] for name in columns},
+        "queue": literal(queue, Text),
+        "state": state,
+        "position": _first_position(tx, queue) + item.c.place if state is PENDING else null(),
+        "append_token": literal(token, BigInteger),
+    }
+    return list(values), select(*values.values()).order_by(item.c.ordinal)
+
+
+def _first_position(tx: Transaction, queue: str) -> ScalarSelect[int]:
+    """The first of at least STATEMENT_ROWS positions behind every pending task."""
+    if tx.dialect.embedded:
+        tasks = tx.tables.tasks
+        last = func.coalesce(func.max(tasks.c.position), 0)
+        return select(last + 1).where(tasks.c.queue == queue).scalar_subquery()
+    return select(tx.tables.positions.next_value()).scalar_subquery()
+
+
+def _chunks(rows: Sequence[TaskRow]) -> Iterator[Sequence[TaskRow]]:
+    """The rows in pieces that one statement can carry."""
+    start = size = 0
+    for end, row in enumerate(rows):
+        full = end - start == STATEMENT_ROWS or size + len(row.payload) > STATEMENT_BYTES
+        if full and end > start:
+            yield rows[start:end]
+            start, size = end, 0
+        size += len(row.payload)
+    if start < len(rows):
+        yield rows[start:]

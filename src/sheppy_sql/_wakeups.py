@@ -1,0 +1,145 @@
+"""Signals inside a process, and waiting that survives the loss of any of them.
+
+A wake-up only saves time: whoever waits also looks for itself, more and more
+rarely. Signals between processes (LISTEN) will arrive here as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import random
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+Topic = tuple[str, ...]
+
+FIRST_POLL = 0.005  # seconds
+JITTER = 0.25  # share of an interval, so that idle workers do not fall into step
+
+_hubs: weakref.WeakValueDictionary[str, Wakeups] = weakref.WeakValueDictionary()
+
+
+def hub(installation: str) -> Wakeups:
+    """The signals of one installation, shared by every backend on it in this process."""
+    return _hubs.setdefault(installation, Wakeups())
+
+
+def pending(queue: str) -> Topic:
+    """A task can be taken from `queue`."""
+    return ("pending", queue)
+
+
+def finished(queue: str, task_id: str) -> Topic:
+    """That task has ended."""
+    return ("finished", queue, task_id)
+
+
+class Wakeups:
+    """Who waits for what. Waiters may live in different threads' event loops."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiters: defaultdict[Topic, set[Waiter]] = defaultdict(set)
+
+    @contextmanager
+    def waiting(self, topics: Iterable[Topic]) -> Iterator[Waiter]:
+        """A waiter that any of `topics` wakes."""
+        waiter, topics = Waiter(), list(topics)
+        with self._lock:
+            for topic in topics:
+                self._waiters[topic].add(waiter)
+        try:
+            yield waiter
+        finally:
+            with self._lock:
+                for topic in topics:
+                    self._waiters[topic].discard(waiter)
+                    if not self._waiters[topic]:
+                        del self._waiters[topic]
+
+    def wake(self, topics: Iterable[Topic]) -> None:
+        """Wake whoever waits for any of `topics`."""
+        with self._lock:
+            waiters = {w for topic in topics for w in self._waiters.get(topic, ())}
+        for waiter in waiters:
+            waiter.wake()
+
+
+class Waiter:
+    """One coroutine's place to sleep until a signal comes."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+
+    def wake(self) -> None:
+        # A closed loop, or one that is not ours: its coroutine is gone or
+        # finds out by itself.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    def reset(self) -> None:
+        self._event.clear()
+
+    async def wait(self, timeout: float) -> None:
+        """Sleep until a signal or for `timeout` seconds."""
+        # Not wait_for: before Python 3.12 it may swallow a cancellation.
+        sleeper = asyncio.ensure_future(self._event.wait())
+        try:
+            await asyncio.wait([sleeper], timeout=timeout)
+        finally:
+            sleeper.cancel()
+
+
+async def poll(
+    look: Callable[[], Awaitable[T | None]],
+    waiter: Waiter,
+    *,
+    timeout: float,
+    max_interval: float,
+) -> T | None:
+    """What `look` finds within `timeout` seconds (inf: however long it takes), else None.
+
+    Looks at once, after every signal, by itself after 5 ms and then ever more
+    rarely up to every `max_interval` seconds, and once more when time is up.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + timeout
+    interval = FIRST_POLL
+    while True:
+        # Before the look: a signal that comes during it must not be lost.
+        waiter.reset()
+        found = await look()
+        if found is not None:
+            return found
+        remaining = deadline - clock()
+        if remaining <= 0:
+            return None
+        jittered = min(interval, max_interval) * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
+        await waiter.wait(min(jittered, remaining))
+        interval = min(interval * 2, max_interval)
+
+
+def wait_seconds(timeout: float | None, *, zero_means_forever: bool) -> float:
+    """The host's three meanings of a timeout, as seconds to wait.
+
+    None or negative: look once. Positive: that long. Zero: look once where
+    tasks are taken, wait for ever where results are awaited.
+    """
+    if timeout is None or timeout < 0:
+        return 0.0
+    if timeout == 0 and zero_means_forever:
+        return math.inf
+    return timeout
+
+
+if hasattr(os, "register_at_fork"):
+    # A child's copies of its parent's waiters would signal through the parent's sockets.
+    os.register_at_fork(after_in_child=_hubs.clear)

@@ -1,0 +1,287 @@
+"""The tables, as SQLAlchemy sees them. The migrations make them; a test holds both equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    MetaData,
+    Sequence,
+    String,
+    Table,
+    Text,
+    literal_column,
+    text,
+)
+from sqlalchemy.sql import quoted_name
+from sqlalchemy.types import TypeDecorator
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Dialect
+
+SCHEMA_VERSION = 1
+"""The schema this code needs; every migration stamps its own number into the `schema` table."""
+
+DEFAULT_PREFIX = "sheppy_"
+MAX_IDENTIFIER_BYTES = 63
+"""PostgreSQL cuts longer names (NAMEDATALEN - 1), so two of them could become one."""
+
+POSITION_STEP = 100_000
+"""Positions that one append reserves, and so the most rows one statement may number."""
+
+# Literals, not parameters: PostgreSQL uses a partial index only where the
+# planner can prove its predicate, and it cannot prove one about a parameter.
+PENDING = literal_column("'pending'", String)
+CLAIMED = literal_column("'claimed'", String)
+SCHEDULED = literal_column("'scheduled'", String)
+IDLE = literal_column("'idle'", String)
+
+DUE = "due"
+LEASED = "leased"
+PARKED = "parked"
+
+
+def sqlite_timestamp(value: datetime) -> str:
+    """The text SQLite keeps for an aware datetime: UTC, sorted as time sorts."""
+    return value.astimezone(timezone.utc).replace(tzinfo=None).isoformat(" ", "microseconds")
+
+
+class Timestamp(TypeDecorator[datetime]):
+    """An aware UTC datetime: `timestamptz` on PostgreSQL, sortable text on SQLite."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(DateTime(timezone=True))
+        return dialect.type_descriptor(Text())
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        if value is None or dialect.name == "postgresql":
+            return value
+        return sqlite_timestamp(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        if value is None or isinstance(value, datetime):
+            return value
+        return datetime.fromisoformat(value).replace(tzinfo=timezone.utc)
+
+
+# Collation C: the order of bytes, which is the order Python sorts in, so locks
+# are taken in one order whoever sorts; and it compares faster.
+Key = Text().with_variant(Text(collation="C"), "postgresql")
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Every table of one installation; `schema` and `prefix` keep installations apart."""
+
+    metadata: MetaData
+    tasks: Table
+    scheduled_tasks: Table
+    results: Table
+    crons: Table
+    workflows: Table
+    workflow_tasks: Table
+    rate_limits: Table
+    rate_limit_entries: Table
+    queues: Table
+    schema: Table
+    positions: Sequence
+
+
+def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tables:
+    """The tables under `schema` (PostgreSQL's default search path if None) and `prefix`.
+
+    Raises ValueError where a name would not survive in PostgreSQL.
+    """
+    _check_identifier("schema", schema)
+    _check_identifier("table_prefix", prefix)
+    metadata = MetaData(schema=schema, naming_convention={"pk": "%(table_name)s_pkey"})
+
+    def table(name: str, *columns: Column[Any], indexes: Iterable[Index] = (), **kw: Any) -> Table:
+        made = Table(prefix + name, metadata, *columns, **kw)
+        for index in indexes:
+            index.name = quoted_name(f"{prefix}{index.name}", quote=None)
+            made.append_constraint(index)
+        return made
+
+    def key(name: str) -> Column[str]:
+        return Column(name, Key, primary_key=True)
+
+    tables = Tables(
+        metadata=metadata,
+        tasks=table(
+            "tasks",
+            key("queue"),
+            key("id"),
+            Column("payload", Text, nullable=False),
+            Column("state", Text, nullable=False),
+            # The place in line; kept while claimed, so that a task handed back keeps it.
+            Column("position", BigInteger),
+            Column("owner", Text),
+            Column("claim_token", BigInteger),
+            Column("heartbeat_at", Timestamp),
+            Column("append_token", BigInteger),
+            Column("func", Text),
+            Column("status", Text),
+            Column("created_at", Timestamp),
+            indexes=(
+                # SQLite's covers every state: it also gives the last position taken.
+                Index(
+                    "tasks_pending",
+                    text("queue"),
+                    text("position"),
+                    postgresql_where=text("state = 'pending'"),
+                ),
+                Index(
+                    "tasks_claimed",
+                    text("owner"),
+                    text("claim_token"),
+                    postgresql_where=text("state = 'claimed'"),
+                    sqlite_where=text("state = 'claimed'"),
+                ),
+            ),
+            # Small, hot and churning: leave room on the page, vacuum early.
+            postgresql_with={
+                "fillfactor": 70,
+                "autovacuum_vacuum_scale_factor": 0.02,
+                "autovacuum_vacuum_threshold": 1000,
+                "autovacuum_analyze_scale_factor": 0.05,
+            },
+        ),
+        scheduled_tasks=table(
+            "scheduled_tasks",
+            key("queue"),
+            key("task_id"),
+            Column("run_at", Timestamp, nullable=False),
+            # due: waits for its time; leased: popped, its append has not come yet;
+            # parked: failed, its retry has not been scheduled yet.
+            Column("kind", Text, nullable=False),
+            Column("lease_token", BigInteger),
+            indexes=(Index("scheduled_tasks_due", text("queue"), text("run_at")),),
+            postgresql_with={
+                "autovacuum_vacuum_scale_factor": 0.02,
+                "autovacuum_vacuum_threshold": 1000,
+            },
+        ),
+        results=table(
+            "results",
+            key("queue"),
+            key("id"),
+            Column("payload", Text, nullable=False),
+            Column("status", Text),
+            Column("func", Text),
+            Column("claim_token", BigInteger),
+            Column("append_token", BigInteger),
+            Column("finished_at", Timestamp, nullable=False),
+            Column("expires_at", Timestamp),
+            indexes=(
+                Index(
+                    "results_expiry",
+                    text("expires_at"),
+                    postgresql_where=text("expires_at IS NOT NULL"),
+                    sqlite_where=text("expires_at IS NOT NULL"),
+                ),
+            ),
+        ),
+        crons=table(
+            "crons",
+            key("queue"),
+            key("id"),
+            Column("expression", Text),
+            Column("payload", Text, nullable=False),
+            Column("created_at", Timestamp, nullable=False),
+        ),
+        workflows=table(
+            "workflows",
+            key("queue"),
+            key("id"),
+            Column("payload", Text, nullable=False),
+            Column("finished", Boolean, nullable=False),
+            Column("created_at", Timestamp, nullable=False),
+            indexes=(
+                Index(
+                    "workflows_unfinished",
+                    text("queue"),
+                    postgresql_where=text("NOT finished"),
+                    sqlite_where=text("NOT finished"),
+                ),
+            ),
+        ),
+        workflow_tasks=table("workflow_tasks", key("queue"), key("workflow_id"), key("task_id")),
+        rate_limits=table(
+            "rate_limits",
+            key("queue"),
+            key("key"),
+            Column("next_slot_at", Timestamp),
+            Column("window_started_at", Timestamp),
+            Column("window_count", BigInteger, nullable=False),
+        ),
+        rate_limit_entries=table(
+            "rate_limit_entries",
+            key("queue"),
+            key("key"),
+            key("task_id"),
+            Column("acquired_at", Timestamp, nullable=False),
+            indexes=(
+                Index("rate_limit_entries_age", text("queue"), text("key"), text("acquired_at")),
+            ),
+        ),
+        queues=table("queues", Column("name", Key, primary_key=True)),
+        schema=table(
+            "schema",
+            Column("id", Integer, primary_key=True, autoincrement=False),
+            Column("version", Integer, nullable=False),
+            Column("oldest_code", Integer, nullable=False),
+            # Random, so that two ways to spell one database's URL are known to be one.
+            Column("installation", Text, nullable=False),
+        ),
+        # One value is a whole block of positions: see POSITION_STEP.
+        positions=Sequence(f"{prefix}positions", increment=POSITION_STEP, metadata=metadata),
+    )
+    for name in _names(metadata, prefix):
+        _check_identifier("table_prefix", name)
+    return tables
+
+
+def version_table(prefix: str) -> str:
+    """The table in which Alembic keeps our revision, apart from the application's own."""
+    return f"{prefix}alembic_version"
+
+
+def _names(metadata: MetaData, prefix: str) -> list[str]:
+    names = [version_table(prefix), f"{version_table(prefix)}_pkc", f"{prefix}positions"]
+    for table in metadata.tables.values():
+        names += [table.name, f"{table.name}_pkey", *(str(index.name) for index in table.indexes)]
+    return names
+
+
+def _check_identifier(option: str, name: str | None) -> None:
+    if name is None and option == "schema":
+        return
+    if not isinstance(name, str):
+        raise ValueError(f"{option} must be a str, not {type(name).__name__}")
+    if option == "schema" and not name:
+        raise ValueError("schema must not be empty; leave it out for the default schema")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{option} {name!r} cannot be written as UTF-8") from None
+    if "\0" in name:
+        raise ValueError(f"{option} must not contain a NUL character")
+    if size > MAX_IDENTIFIER_BYTES:
+        raise ValueError(
+            f"{option}: the name {name!r} would have {size} bytes, PostgreSQL keeps "
+            f"{MAX_IDENTIFIER_BYTES}; choose a shorter {option}"
+        )
