@@ -28,6 +28,8 @@ TABLES = (
     "schema",
 )
 POSITIONS_INCREMENT = 100_000
+SCHEDULE_STORAGE = "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000"
+TASKS_STORAGE = f"fillfactor = 70, {SCHEDULE_STORAGE}, autovacuum_analyze_scale_factor = 0.05"
 
 
 def key(name: str) -> sa.Column[Any]:
@@ -50,6 +52,13 @@ def upgrade() -> None:
         constraint = sa.PrimaryKeyConstraint(*primary_key, name=f"{prefix}{name}_pkey")
         op.create_table(prefix + name, *columns, constraint, schema=schema, **kw)
 
+    def store(table: str, parameters: str) -> None:
+        # SQLAlchemy 2.0 knows no storage parameters.
+        name = op.get_context().dialect.identifier_preparer.format_table(
+            sa.table(prefix + table, schema=schema)
+        )
+        op.execute(sa.DDL(f"ALTER TABLE {name.replace('%', '%%')} SET ({parameters})"))
+
     def index(table: str, name: str, *columns: str, **where: str) -> None:
         predicates: dict[str, Any] = {
             f"{dialect}_where": sa.text(sql) for dialect, sql in where.items()
@@ -57,7 +66,7 @@ def upgrade() -> None:
         op.create_index(
             f"{prefix}{name}",
             prefix + table,
-            [sa.text(column) for column in columns],
+            list(columns),
             schema=schema,
             **predicates,
         )
@@ -77,12 +86,6 @@ def upgrade() -> None:
         sa.Column("status", sa.Text),
         moment("created_at"),
         primary_key=("queue", "id"),
-        postgresql_with={
-            "fillfactor": 70,
-            "autovacuum_vacuum_scale_factor": 0.02,
-            "autovacuum_vacuum_threshold": 1000,
-            "autovacuum_analyze_scale_factor": 0.05,
-        },
     )
     index("tasks", "tasks_pending", "queue", "position", postgresql="state = 'pending'")
     index(
@@ -101,10 +104,6 @@ def upgrade() -> None:
         sa.Column("kind", sa.Text, nullable=False),
         sa.Column("lease_token", sa.BigInteger),
         primary_key=("queue", "task_id"),
-        postgresql_with={
-            "autovacuum_vacuum_scale_factor": 0.02,
-            "autovacuum_vacuum_threshold": 1000,
-        },
     )
     index("scheduled_tasks", "scheduled_tasks_due", "queue", "run_at")
     create(
@@ -187,6 +186,8 @@ def upgrade() -> None:
         primary_key=("id",),
     )
     if postgresql:
+        store("tasks", TASKS_STORAGE)
+        store("scheduled_tasks", SCHEDULE_STORAGE)
         positions = sa.Sequence(f"{prefix}positions", increment=POSITIONS_INCREMENT, schema=schema)
         op.execute(sa.schema.CreateSequence(positions))
     stamp = sa.table(

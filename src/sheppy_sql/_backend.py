@@ -260,8 +260,8 @@ class SqlBackend(Backend):
 
     def __repr__(self) -> str:
         shown = self._url_or_engine
-        where = shown.url if isinstance(shown, AsyncEngine) else _urls.redact(shown)
-        return f"SqlBackend({str(where)!r})"
+        url = shown.url if isinstance(shown, AsyncEngine) else shown
+        return f"SqlBackend({_urls.redact(url)!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled unconnected: the host's "work --reload" sends its backend to a new process."""

@@ -46,7 +46,7 @@ class Consumer:
             return []
         with self._wakeups.waiting([_wakeups.pending(queue)]) as waiter:
             taken = await _wakeups.poll(
-                lambda: self._claim(queue, count),
+                lambda _: self._claim(queue, count),
                 waiter,
                 timeout=_wakeups.wait_seconds(seconds, zero_means_forever=False),
                 max_interval=self._options.max_poll_interval,

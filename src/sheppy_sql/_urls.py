@@ -77,22 +77,28 @@ def redact(url: str | URL) -> str:
     parts = _split(text) if isinstance(text, str) else None
     if parts is None:
         return "***"
+    # Parameters may stand anywhere where the "?" before them was forgotten.
     shown = f"{parts.scheme}://"
     if parts.user is not None:
-        shown += f"{parts.user}{'' if parts.password is None else ':***'}@"
-    shown += parts.hosts
+        shown += f"{_redact_parameters(parts.user)}{'' if parts.password is None else ':***'}@"
+    shown += _redact_parameters(parts.hosts)
     if parts.database is not None:
-        shown += f"/{parts.database}"
+        shown += f"/{_redact_parameters(parts.database)}"
     if parts.query is not None:
-        shown += "?" + re.sub("[^&;]+", _redact_parameter, parts.query)
+        shown += f"?{_redact_parameters(parts.query)}"
     return shown
 
 
+def _redact_parameters(text: str) -> str:
+    return re.sub("[^&;]+", _redact_parameter, text)
+
+
 def _redact_parameter(match: re.Match[str]) -> str:
-    name, equals, _ = match[0].partition("=")
-    if not _SECRET.search(unquote_plus(match[0])):
+    name, _, _ = match[0].partition("=")
+    decoded = unquote_plus(match[0])
+    if "=" not in decoded or not _SECRET.search(decoded):
         return match[0]
-    return f"{name}=***" if equals and re.fullmatch(r"[\w.-]+", name) else "***"
+    return f"{name}=***" if re.fullmatch(r"[\w.-]+", name) else "***"
 
 
 def _parse(url: str | URL) -> Target:
@@ -128,10 +134,10 @@ def _split(text: str) -> _Parts | None:
 
 def _from_text(text: str) -> Target:
     parts = _split(text)
-    if parts is None:
+    if parts is None or re.search("[&=]", parts.hosts + (parts.database or "")):
         raise ValueError(
-            "its parts cannot be told apart; write @ : / ? % in user, password, database and "
-            "parameters as %40 %3A %2F %3F %25, and no control characters"
+            "its parts cannot be told apart; write @ : / ? % & = in user, password, database and "
+            "parameters as %40 %3A %2F %3F %25 %26 %3D, and no control characters"
         )
     user, password, database = (
         None if part is None else _decode(part)
@@ -223,9 +229,9 @@ def _by_name(parameters: Iterable[tuple[str, str]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in parameters:
         if not value.strip():
-            raise ValueError(f"{name} is empty: give it a value or leave it out")
+            raise ValueError(f"{name!r} is empty: give it a value or leave it out")
         if name in found and name not in {"host", "port"}:
-            raise ValueError(f"{name} is given twice: keep one")
+            raise ValueError(f"{name!r} is given twice: keep one")
         found[name] = f"{found[name]},{value}" if name in found else value
     return found
 

@@ -67,8 +67,12 @@ class Viewer:
         missing, seconds = check_keys(ids, "task id"), check_timeout(timeout)
         found: dict[str, Payload] = {}
 
-        async def look() -> dict[str, Payload] | None:
-            wanted = [task_id for task_id in missing if task_id not in found]
+        async def look(signals: set[_wakeups.Topic]) -> dict[str, Payload] | None:
+            wanted = [
+                task_id
+                for task_id in ([topic[-1] for topic in signals] or missing)
+                if task_id not in found
+            ]
             texts = await self._database.read("get results", result_store.get, queue, wanted)
             found.update({task_id: decode(text) for task_id, text in texts.items()})
             return found if len(found) == len(missing) else None

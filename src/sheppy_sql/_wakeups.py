@@ -21,6 +21,7 @@ T = TypeVar("T")
 Topic = tuple[str, ...]
 
 FIRST_POLL = 0.005  # seconds
+LOOK_SHARE = 10  # a look by itself takes at most a tenth of the time
 JITTER = 0.25  # share of an interval, so that idle workers do not fall into step
 
 _hubs: weakref.WeakValueDictionary[str, Wakeups] = weakref.WeakValueDictionary()
@@ -67,9 +68,9 @@ class Wakeups:
     def wake(self, topics: Iterable[Topic]) -> None:
         """Wake whoever waits for any of `topics`."""
         with self._lock:
-            waiters = {w for topic in topics for w in self._waiters.get(topic, ())}
-        for waiter in waiters:
-            waiter.wake()
+            woken = [(w, topic) for topic in topics for w in self._waiters.get(topic, ())]
+        for waiter, topic in woken:
+            waiter.wake(topic)
 
 
 class Waiter:
@@ -78,15 +79,19 @@ class Waiter:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
+        self._signals: set[Topic] = set()
 
-    def wake(self) -> None:
-        # A closed loop, or one that is not ours: its coroutine is gone or
-        # finds out by itself.
+    def wake(self, topic: Topic) -> None:
+        """Callable from any thread."""
+        # Where the loop is closed, nobody waits any longer.
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._event.set)
+            self._loop.call_soon_threadsafe(self._signal, topic)
 
-    def reset(self) -> None:
+    def take_signals(self) -> set[Topic]:
+        """What came since the last call; empty where time brought the waiter here."""
         self._event.clear()
+        signals, self._signals = self._signals, set()
+        return signals
 
     async def wait(self, timeout: float) -> None:
         """Sleep until a signal or for `timeout` seconds."""
@@ -97,9 +102,13 @@ class Waiter:
         finally:
             sleeper.cancel()
 
+    def _signal(self, topic: Topic) -> None:
+        self._signals.add(topic)
+        self._event.set()
+
 
 async def poll(
-    look: Callable[[], Awaitable[T | None]],
+    look: Callable[[set[Topic]], Awaitable[T | None]],
     waiter: Waiter,
     *,
     timeout: float,
@@ -109,22 +118,29 @@ async def poll(
 
     Looks at once, after every signal, by itself after 5 ms and then ever more
     rarely up to every `max_interval` seconds, and once more when time is up.
+    `look` is told the signals that brought it; none means to look for all.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout
-    interval = FIRST_POLL
+    interval, next_full = FIRST_POLL, clock()
     while True:
         # Before the look: a signal that comes during it must not be lost.
-        waiter.reset()
-        found = await look()
+        signals = waiter.take_signals()
+        started = clock()
+        if started >= next_full or started >= deadline:
+            signals = set()
+        found = await look(signals)
         if found is not None:
             return found
-        remaining = deadline - clock()
-        if remaining <= 0:
+        now = clock()
+        if started >= deadline:
             return None
-        jittered = min(interval, max_interval) * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
-        await waiter.wait(min(jittered, remaining))
-        interval = min(interval * 2, max_interval)
+        if not signals:
+            # A look that takes long, at thousands of results, is not to be all that happens.
+            pause = max(min(interval, max_interval), LOOK_SHARE * (now - started))
+            next_full = now + pause * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
+            interval = min(interval * 2, max_interval)
+        await waiter.wait(max(0.0, min(next_full, deadline) - now))
 
 
 def wait_seconds(timeout: float | None, *, zero_means_forever: bool) -> float:

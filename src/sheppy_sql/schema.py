@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
+    DDL,
     BigInteger,
     Boolean,
     Column,
@@ -19,10 +19,11 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    event,
     literal_column,
     text,
 )
-from sqlalchemy.sql import quoted_name
+from sqlalchemy.schema import SchemaItem
 from sqlalchemy.types import TypeDecorator
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ PENDING = literal_column("'pending'", String)
 CLAIMED = literal_column("'claimed'", String)
 SCHEDULED = literal_column("'scheduled'", String)
 IDLE = literal_column("'idle'", String)
+
+# Small, hot and churning: leave room on the page, vacuum early.
+SCHEDULE_STORAGE = "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000"
+TASKS_STORAGE = f"fillfactor = 70, {SCHEDULE_STORAGE}, autovacuum_analyze_scale_factor = 0.05"
 
 DUE = "due"
 LEASED = "leased"
@@ -109,12 +114,12 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
     _check_identifier("table_prefix", prefix)
     metadata = MetaData(schema=schema, naming_convention={"pk": "%(table_name)s_pkey"})
 
-    def table(name: str, *columns: Column[Any], indexes: Iterable[Index] = (), **kw: Any) -> Table:
-        made = Table(prefix + name, metadata, *columns, **kw)
-        for index in indexes:
-            index.name = quoted_name(f"{prefix}{index.name}", quote=None)
-            made.append_constraint(index)
-        return made
+    def table(name: str, *items: SchemaItem, **kw: Any) -> Table:
+        return Table(prefix + name, metadata, *items, **kw)
+
+    def index(name: str, *columns: str, **where: str) -> Index:
+        conditions: dict[str, Any] = {f"{db}_where": text(sql) for db, sql in where.items()}
+        return Index(prefix + name, *columns, **conditions)
 
     def key(name: str) -> Column[str]:
         return Column(name, Key, primary_key=True)
@@ -136,29 +141,15 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             Column("func", Text),
             Column("status", Text),
             Column("created_at", Timestamp),
-            indexes=(
-                # SQLite's covers every state: it also gives the last position taken.
-                Index(
-                    "tasks_pending",
-                    text("queue"),
-                    text("position"),
-                    postgresql_where=text("state = 'pending'"),
-                ),
-                Index(
-                    "tasks_claimed",
-                    text("owner"),
-                    text("claim_token"),
-                    postgresql_where=text("state = 'claimed'"),
-                    sqlite_where=text("state = 'claimed'"),
-                ),
+            # SQLite's covers every state: it also gives the last position taken.
+            index("tasks_pending", "queue", "position", postgresql="state = 'pending'"),
+            index(
+                "tasks_claimed",
+                "owner",
+                "claim_token",
+                postgresql="state = 'claimed'",
+                sqlite="state = 'claimed'",
             ),
-            # Small, hot and churning: leave room on the page, vacuum early.
-            postgresql_with={
-                "fillfactor": 70,
-                "autovacuum_vacuum_scale_factor": 0.02,
-                "autovacuum_vacuum_threshold": 1000,
-                "autovacuum_analyze_scale_factor": 0.05,
-            },
         ),
         scheduled_tasks=table(
             "scheduled_tasks",
@@ -169,11 +160,7 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             # parked: failed, its retry has not been scheduled yet.
             Column("kind", Text, nullable=False),
             Column("lease_token", BigInteger),
-            indexes=(Index("scheduled_tasks_due", text("queue"), text("run_at")),),
-            postgresql_with={
-                "autovacuum_vacuum_scale_factor": 0.02,
-                "autovacuum_vacuum_threshold": 1000,
-            },
+            index("scheduled_tasks_due", "queue", "run_at"),
         ),
         results=table(
             "results",
@@ -186,13 +173,11 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             Column("append_token", BigInteger),
             Column("finished_at", Timestamp, nullable=False),
             Column("expires_at", Timestamp),
-            indexes=(
-                Index(
-                    "results_expiry",
-                    text("expires_at"),
-                    postgresql_where=text("expires_at IS NOT NULL"),
-                    sqlite_where=text("expires_at IS NOT NULL"),
-                ),
+            index(
+                "results_expiry",
+                "expires_at",
+                postgresql="expires_at IS NOT NULL",
+                sqlite="expires_at IS NOT NULL",
             ),
         ),
         crons=table(
@@ -210,13 +195,8 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             Column("payload", Text, nullable=False),
             Column("finished", Boolean, nullable=False),
             Column("created_at", Timestamp, nullable=False),
-            indexes=(
-                Index(
-                    "workflows_unfinished",
-                    text("queue"),
-                    postgresql_where=text("NOT finished"),
-                    sqlite_where=text("NOT finished"),
-                ),
+            index(
+                "workflows_unfinished", "queue", postgresql="NOT finished", sqlite="NOT finished"
             ),
         ),
         workflow_tasks=table("workflow_tasks", key("queue"), key("workflow_id"), key("task_id")),
@@ -234,9 +214,7 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             key("key"),
             key("task_id"),
             Column("acquired_at", Timestamp, nullable=False),
-            indexes=(
-                Index("rate_limit_entries_age", text("queue"), text("key"), text("acquired_at")),
-            ),
+            index("rate_limit_entries_age", "queue", "key", "acquired_at"),
         ),
         queues=table("queues", Column("name", Key, primary_key=True)),
         schema=table(
@@ -250,6 +228,13 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
         # One value is a whole block of positions: see POSITION_STEP.
         positions=Sequence(f"{prefix}positions", increment=POSITION_STEP, metadata=metadata),
     )
+    for table_, storage in (
+        (tables.tasks, TASKS_STORAGE),
+        (tables.scheduled_tasks, SCHEDULE_STORAGE),
+    ):
+        # SQLAlchemy 2.0 knows no storage parameters.
+        alter = DDL(f"ALTER TABLE %(fullname)s SET ({storage})")
+        event.listen(table_, "after_create", alter.execute_if(dialect="postgresql"))
     for name in _names(metadata, prefix):
         _check_identifier("table_prefix", name)
     return tables

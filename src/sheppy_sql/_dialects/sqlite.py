@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .base import Columns
 
 OLDEST_VERSION = (3, 35, 0)
-BUSY_TIMEOUT = 5_000  # milliseconds
+BUSY_TIMEOUT = 5.0  # seconds
 
 
 class SQLite(Dialect):
@@ -48,7 +48,7 @@ class SQLite(Dialect):
         )
         engine = create_async_engine(
             target.url,
-            connect_args={"timeout": BUSY_TIMEOUT / 1000, **target.connect_args},
+            connect_args={"timeout": BUSY_TIMEOUT, **target.connect_args},
             hide_parameters=True,
             **pool,
         )
@@ -94,16 +94,18 @@ class SQLite(Dialect):
 
 
 def is_memory(target: Target) -> bool:
-    database = target.url.database or ":memory:"
-    return database == ":memory:" or "mode=memory" in database
+    database, mode = target.url.database or ":memory:", target.url.query.get("mode")
+    return mode == "memory" or database in {":memory:", "file::memory:"}
 
 
 def _prepare(connection: Any, _record: Any) -> None:
+    # The driver has set the busy timeout before: switching to WAL needs a lock
+    # that others may hold.
     cursor = connection.cursor()
-    # busy_timeout first: switching to WAL needs a lock that others may hold.
-    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
     # A file that cannot be written keeps the journal it has.
     with contextlib.suppress(sqlite3.OperationalError):
         cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = FULL")
+    # In WAL mode this still survives the death of any process; only a power cut
+    # may take the last commits, on a machine meant for development.
+    cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.close()

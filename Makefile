@@ -1,0 +1,67 @@
+# Needs make and a Python >= 3.10, nothing else; `make` alone lists the targets.
+# Works with GNU make 3.81 (macOS) and any POSIX sh. Windows: see README.md.
+.SUFFIXES:
+# The targets share one .venv, so `make -j` must not install into it twice at once.
+.NOTPARALLEL:
+.PHONY: help demo test check torture fuzz matrix build clean format
+.DEFAULT_GOAL := help
+
+# These may be set on the command line, for example: make test PYTEST_ARGS="-k cron -x"
+PYTHON ?=
+PYTEST_ARGS ?=
+MATRIX_ARGS ?=
+# Only from the command line: an unrelated URL in the environment must not choose the database.
+ifneq ($(origin URL),command line)
+URL =
+endif
+export PYTHON URL
+
+BIN = .venv/bin
+VENV = @sh tools/venv.sh
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+demo:  ## run the demo on SQLite, or on a server: make demo URL=postgresql+asyncpg://...
+	$(VENV) runtime
+	@$(BIN)/sheppy-sql demo $${URL:+--url "$$URL"}
+
+test:  ## run the tests, against SQLite and PostgreSQL
+	$(VENV) test
+	$(BIN)/python -m pytest -m "not torture and not system" $(PYTEST_ARGS)
+
+torture:  ## run the tests that kill processes, cut connections and race
+	$(VENV) test
+	$(BIN)/python -m pytest -m torture $(PYTEST_ARGS)
+
+fuzz:  ## search for counterexamples longer than `make test` does
+	$(VENV) test
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz --timeout=3600 $(PYTEST_ARGS)
+
+matrix:  ## run the tests on every Python found, and with the lowest dependencies
+	$(VENV) runtime
+	$(BIN)/python tools/matrix.py $(MATRIX_ARGS) -- $(PYTEST_ARGS)
+
+check:  ## lint, formatting, types, import contracts, schemas of the YAML files
+	$(VENV) dev
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/ci.yml
+
+format:  ## format the code and apply the safe fixes
+	$(VENV) dev
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+build:  ## build the wheel and the source distribution into dist/
+	$(VENV) dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+clean:  ## remove all that these targets made, .venv too
+	rm -rf .venv .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests migrations tools -type d -name __pycache__ -prune -exec rm -rf {} +

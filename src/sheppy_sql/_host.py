@@ -1,0 +1,118 @@
+"""sheppy's own commands, made to work with backends that sheppy does not know.
+
+THE ONE FILE THAT REACHES INTO SHEPPY'S PRIVATE PARTS. sheppy has no way to add a backend by
+URL: `_create_backend_from_url` is a closed chain of schemes (in `sheppy.queue`, later in
+`sheppy._queue`), and the modules of its command line import it by name. What is relied on:
+
+- that function: it takes a URL and returns a Backend;
+- `sheppy.cli.cli.app`, a Typer application, and its option `--backend-url`.
+
+tests/test_host.py fails where a release of sheppy changes one of these.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import sheppy
+import typer.main
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from sheppy import Backend
+
+FUNCTION = "_create_backend_from_url"
+HOMES = ("sheppy.queue", "sheppy._queue")
+OPTION = "backend_url"
+NOT_OURS = frozenset({"dev-server"})
+
+
+class UnknownHostError(Exception):
+    """sheppy is made differently than this file knows; the message says what to do."""
+
+
+class Host:
+    """sheppy, in this process.
+
+    Its commands print the URL that they are given. So they are given what `redact` leaves of it,
+    and get the backend of the URL itself.
+    """
+
+    def __init__(
+        self, *, create_backend: Callable[[str], Backend | None], redact: Callable[[str], str]
+    ) -> None:
+        self._create_backend = create_backend
+        self._redact = redact
+        self._by_shown: dict[str, str] = {}
+
+    def install(self) -> None:
+        """Have sheppy ask `create_backend` first wherever it makes a backend from a URL.
+
+        Where that returns None, sheppy goes on as ever. Reaches modules that were imported
+        before as well. Once more, it replaces what it installed.
+        """
+        homes = [importlib.import_module(name) for name in HOMES if importlib.util.find_spec(name)]
+        found = [vars(home)[FUNCTION] for home in homes if FUNCTION in vars(home)]
+        if not found:
+            raise _unknown(f"has no {FUNCTION}")
+        for present in found:
+            ours = self._wrap(getattr(present, "__wrapped__", present))
+            for module in _host_modules():
+                if vars(module).get(FUNCTION) is present:
+                    setattr(module, FUNCTION, ours)
+
+    def commands(self, find_url: Callable[[str | None], str]) -> dict[str, Any]:
+        """The commands by name; `find_url` gets their --backend-url, None if it is not given."""
+        from sheppy.cli.cli import app
+
+        group = typer.main.get_command(app)
+        if not isinstance(group, TyperGroup):
+            raise _unknown("has no group of commands")
+        for option in _options(group):
+            # It is what SHEPPY_BACKEND_URL holds, and --help shows defaults.
+            option.default = None
+            option.callback = lambda _context, _option, url: self._hide(find_url(url))
+        return {name: command for name, command in group.commands.items() if name not in NOT_OURS}
+
+    def hide_in(self, message: str) -> str:
+        """The message without the URLs that it may repeat."""
+        for shown, url in self._by_shown.items():
+            message = message.replace(url, shown)
+        return message
+
+    def _hide(self, url: str) -> str:
+        shown = self._redact(url)
+        self._by_shown[shown] = url
+        return shown
+
+    def _wrap(self, original: Callable[[str], Backend]) -> Callable[[str], Backend]:
+        @functools.wraps(original)
+        def create_backend_from_url(url: str) -> Backend:
+            url = self._by_shown.get(url, url)
+            return self._create_backend(url) or original(url)
+
+        return create_backend_from_url
+
+
+def _host_modules() -> list[ModuleType]:
+    return [module for name, module in sys.modules.items() if name.split(".")[0] == "sheppy"]
+
+
+def _options(command: Any) -> Iterator[Any]:
+    """The --backend-url of the command and of all below it."""
+    yield from (option for option in command.params if option.name == OPTION)
+    for subcommand in getattr(command, "commands", {}).values():
+        yield from _options(subcommand)
+
+
+def _unknown(what: str) -> UnknownHostError:
+    return UnknownHostError(
+        f"sheppy {sheppy.__version__} {what}, on which this command rests: "
+        'run "pip install --upgrade sheppy-sql" or install an older sheppy'
+    )

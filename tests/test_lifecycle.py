@@ -1,0 +1,213 @@
+"""Connections, event loops, processes: where a backend may be used, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import pickle
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from sheppy import BackendError
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from sheppy_sql import SqlBackend
+from tests.support.databases import TestDatabase
+
+MakeBackend = Callable[..., Awaitable[SqlBackend]]
+
+
+def task(task_id: str, **fields: Any) -> dict[str, Any]:
+    return {"id": task_id, "status": "new", "finished_at": None, **fields}
+
+
+async def test_concurrent_first_calls_connect_once(database: TestDatabase) -> None:
+    backend = SqlBackend(database.url)
+    try:
+        await asyncio.gather(*(backend.connect() for _ in range(20)))
+        sessions = {id(backend._session)}
+        await asyncio.gather(*(backend.connect() for _ in range(20)))
+        assert sessions == {id(backend._session)}
+        assert await backend.append("q", [task("a")]) == [True]
+    finally:
+        await backend.disconnect()
+
+
+async def test_backend_reconnects_in_a_second_event_loop(database: TestDatabase) -> None:
+    backend = SqlBackend(database.url)
+
+    async def add(task_id: str) -> int:
+        if not backend.is_connected:
+            await backend.connect()
+        await backend.append("q", [task(task_id)])
+        return await backend.size("q")
+
+    def run_twice() -> list[int]:
+        # As the host's command line does: a loop each, and never a disconnect.
+        return [asyncio.run(add("a")), asyncio.run(add("b"))]
+
+    assert await asyncio.to_thread(run_twice) == [1, 2]
+    assert not backend.is_connected
+    await backend.connect()
+    assert await backend.size("q") == 2
+    await backend.disconnect()
+    # The connections of the two closed loops are gone with them.
+    with pytest.warns(ResourceWarning):
+        gc.collect()
+
+
+async def test_backend_refuses_another_running_event_loop(backend: SqlBackend) -> None:
+    def use_elsewhere() -> None:
+        asyncio.run(backend.size("q"))
+
+    with pytest.raises(BackendError, match="another running event loop"):
+        await asyncio.to_thread(use_elsewhere)
+    assert await backend.size("q") == 0
+
+
+@pytest.mark.posix
+async def test_forked_child_is_unconnected_and_leaves_its_parent_alone(
+    database: TestDatabase, make_backend: MakeBackend
+) -> None:
+    backend = await make_backend()
+    await backend.append("q", [task("a")])
+
+    def child() -> int:
+        # What a preforking server does: the parent's object, a loop of one's own.
+        async def work() -> bool:
+            if backend.is_connected:
+                return False
+            try:
+                await backend.size("q")
+            except BackendError:
+                pass
+            else:
+                return False
+            await backend.connect()
+            await backend.append("q", [task("b")])
+            size = await backend.size("q")
+            await backend.disconnect()
+            return size == 2
+
+        return 0 if asyncio.run(work()) else 1
+
+    assert await asyncio.to_thread(_run_in_fork, child) == 0
+    # The parent's connection still works: the child has not spoken on its socket.
+    assert await backend.size("q") == 2
+
+
+def _run_in_fork(function: Callable[[], int]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        status = 2
+        try:
+            # Of the parent's loop nothing runs here; asyncio must not think so.
+            asyncio._set_running_loop(None)
+            status = function()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+async def test_pickled_backend_connects_in_its_new_process(database: TestDatabase) -> None:
+    backend = SqlBackend(database.url, ttl=60, table_prefix="sheppy_")
+    copy = pickle.loads(pickle.dumps(backend))
+    await copy.connect()
+    assert await copy.append("q", [task("a")]) == [True]
+    await copy.disconnect()
+
+
+async def test_engine_of_the_application_stays_open(database: TestDatabase) -> None:
+    engine = create_async_engine(database.url)
+    disposals: list[object] = []
+    event.listen(engine.sync_engine, "engine_disposed", disposals.append)
+    backend = SqlBackend(engine)
+    await backend.connect()
+    assert await backend.append("q", [task("a")]) == [True]
+    await backend.disconnect()
+    assert disposals == []
+    assert await database.fetch("SELECT id FROM sheppy_tasks") == [("a",)]
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("isolation_level", ["AUTOCOMMIT", "SERIALIZABLE"])
+async def test_isolation_level_of_the_applications_engine_does_not_matter(
+    database: TestDatabase, isolation_level: str
+) -> None:
+    engine = create_async_engine(database.url, isolation_level=isolation_level)
+    backend = SqlBackend(engine)
+    await backend.connect()
+    await asyncio.gather(*(backend.append("q", [task(str(n))]) for n in range(20)))
+    taken = await asyncio.gather(*(backend.pop("q", 10) for _ in range(4)))
+    assert sorted(int(t["id"]) for some in taken for t in some) == list(range(20))
+    await backend.disconnect()
+    await engine.dispose()
+
+
+async def test_engine_of_another_driver_is_refused() -> None:
+    engine = create_async_engine("sqlite+aiosqlite://")
+    engine.sync_engine.dialect.driver = "another"
+    with pytest.raises(ValueError, match=r"sqlite\+another; accepted are"):
+        SqlBackend(engine)
+
+
+async def test_cancelled_pop_hands_its_tasks_back(
+    backend: SqlBackend, database: TestDatabase
+) -> None:
+    await backend.append("q", [task(str(n)) for n in range(50)])
+    for attempt in range(60):
+        pop = asyncio.create_task(backend.pop("q", 3))
+        # At another await each time: between two turns of the loop.
+        for _ in range(attempt % 20):
+            await asyncio.sleep(0)
+        pop.cancel()
+        try:
+            for taken in await pop:
+                await backend.store_result("q", {**taken, "finished_at": "now"})
+        except asyncio.CancelledError:
+            pass
+    stats = await backend.get_stats("q")
+    assert stats["pending"] + stats["completed"] == 50
+    assert await database.fetch("SELECT count(*) FROM sheppy_tasks WHERE state = 'claimed'") == [
+        (0,)
+    ]
+
+
+async def test_disconnect_ends_what_waits(make_backend: MakeBackend) -> None:
+    backend = await make_backend()
+    waiting = [
+        asyncio.create_task(backend.pop("q", timeout=60)),
+        asyncio.create_task(backend.get_results("q", ["a"], timeout=60)),
+    ]
+    await asyncio.sleep(0)
+    await backend.disconnect()
+    for call in waiting:
+        with pytest.raises(BackendError, match="disconnected"):
+            await asyncio.wait_for(call, 10)
+
+
+async def test_backends_in_two_threads_wake_each_other(database: TestDatabase) -> None:
+    """Signals cross event loops, so a waiter need not wait for its next poll."""
+    ready = threading.Event()
+
+    async def consume() -> list[dict[str, Any]]:
+        backend = SqlBackend(database.url, max_poll_interval=30)
+        await backend.connect()
+        pop = asyncio.create_task(backend.pop("q", timeout=20))
+        await asyncio.sleep(1)  # past the first, frequent polls
+        ready.set()
+        taken = await pop
+        await backend.disconnect()
+        return taken
+
+    consumer = asyncio.create_task(asyncio.to_thread(asyncio.run, consume()))
+    await asyncio.to_thread(ready.wait)
+    producer = SqlBackend(database.url)
+    await producer.connect()
+    await producer.append("q", [task("a")])
+    assert [t["id"] for t in await asyncio.wait_for(consumer, 10)] == ["a"]
+    await producer.disconnect()
