@@ -228,13 +228,8 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
         # One value is a whole block of positions: see POSITION_STEP.
         positions=Sequence(f"{prefix}positions", increment=POSITION_STEP, metadata=metadata),
     )
-    for table_, storage in (
-        (tables.tasks, TASKS_STORAGE),
-        (tables.scheduled_tasks, SCHEDULE_STORAGE),
-    ):
-        # SQLAlchemy 2.0 knows no storage parameters.
-        alter = DDL(f"ALTER TABLE %(fullname)s SET ({storage})")
-        event.listen(table_, "after_create", alter.execute_if(dialect="postgresql"))
+    _store(tables.tasks, TASKS_STORAGE)
+    _store(tables.scheduled_tasks, SCHEDULE_STORAGE)
     for name in _names(metadata, prefix):
         _check_identifier("table_prefix", name)
     return tables
@@ -243,6 +238,12 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
 def version_table(prefix: str) -> str:
     """The table in which Alembic keeps our revision, apart from the application's own."""
     return f"{prefix}alembic_version"
+
+
+def _store(table: Table, parameters: str) -> None:
+    # SQLAlchemy 2.0 knows no storage parameters.
+    alter = DDL(f"ALTER TABLE %(fullname)s SET ({parameters})")
+    event.listen(table, "after_create", alter.execute_if(dialect="postgresql"))
 
 
 def _names(metadata: MetaData, prefix: str) -> list[str]:
