@@ -57,7 +57,8 @@ def upgrade() -> None:
         name = op.get_context().dialect.identifier_preparer.format_table(
             sa.table(prefix + table, schema=schema)
         )
-        op.execute(sa.DDL(f"ALTER TABLE {name.replace('%', '%%')} SET ({parameters})"))
+        alter = sa.DDL(f"ALTER TABLE {name.replace('%', '%%')} SET ({parameters})")  # type: ignore[no-untyped-call]  # not yet typed
+        op.execute(alter)
 
     def index(table: str, name: str, *columns: str, **where: str) -> None:
         predicates: dict[str, Any] = {

@@ -242,7 +242,7 @@ def version_table(prefix: str) -> str:
 
 def _store(table: Table, parameters: str) -> None:
     # SQLAlchemy 2.0 knows no storage parameters.
-    alter = DDL(f"ALTER TABLE %(fullname)s SET ({parameters})")
+    alter = DDL(f"ALTER TABLE %(fullname)s SET ({parameters})")  # type: ignore[no-untyped-call]  # not yet typed
     event.listen(table, "after_create", alter.execute_if(dialect="postgresql"))
 
 

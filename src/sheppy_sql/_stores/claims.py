@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 async def has_pending(tx: Transaction, queue: str) -> bool:
     """Whether a claim could find anything."""
     tasks = tx.tables.tasks
-    found = select(1).where(tasks.c.queue == queue, tasks.c.state == PENDING).limit(1)
-    return await tx.scalar(found) is not None
+    found = select(1).where(tasks.c.queue == queue, tasks.c.state == PENDING)
+    # Ordered, or SQLite may prefer the table to the index where one queue holds most tasks.
+    return await tx.scalar(found.order_by(tasks.c.position).limit(1)) is not None
 
 
 async def claim(

@@ -58,8 +58,8 @@ async def get_all(tx: Transaction, queue: str) -> list[str]:
 async def has_due(tx: Transaction, queue: str, now: datetime | None) -> bool:
     """Whether `lease_due` could find anything."""
     scheduled = tx.tables.scheduled_tasks
-    found = select(1).where(scheduled.c.queue == queue, _is_due(tx, now)).limit(1)
-    return await tx.scalar(found) is not None
+    found = select(1).where(scheduled.c.queue == queue, _is_due(tx, now))
+    return await tx.scalar(found.order_by(scheduled.c.run_at).limit(1)) is not None
 
 
 async def lease_due(
