@@ -3,7 +3,7 @@
 .SUFFIXES:
 # The targets share one .venv, so `make -j` must not install into it twice at once.
 .NOTPARALLEL:
-.PHONY: help demo test check torture fuzz matrix build clean format
+.PHONY: help demo test test-system check torture fuzz matrix build clean format
 .DEFAULT_GOAL := help
 
 # These may be set on the command line, for example: make test PYTEST_ARGS="-k cron -x"
@@ -20,7 +20,7 @@ BIN = .venv/bin
 VENV = @sh tools/venv.sh
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo:  ## run the demo on SQLite, or on a server: make demo URL=postgresql+asyncpg://...
 	$(VENV) runtime
@@ -33,6 +33,11 @@ test:  ## run the tests, against SQLite and PostgreSQL
 torture:  ## run the tests that kill processes, cut connections and race
 	$(VENV) test
 	$(BIN)/python -m pytest -m torture $(PYTEST_ARGS)
+
+# Needs PostgreSQL's programs, built with TLS, at the place that pg_config in PATH names.
+test-system:  ## run the tests that need PostgreSQL's own programs (pg_config in PATH)
+	$(VENV) test
+	$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
 
 fuzz:  ## search for counterexamples longer than `make test` does
 	$(VENV) test
