@@ -124,7 +124,7 @@ def databases(pytestconfig: pytest.Config) -> Databases:
 
 @pytest.fixture
 def any_database(request: pytest.FixtureRequest) -> str:
-    """ "sqlite" or the name of a PostgreSQL server, in turn."""
+    """The databases in turn: "sqlite" or the name of a PostgreSQL server."""
     return str(request.param)
 
 

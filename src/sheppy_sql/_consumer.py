@@ -13,7 +13,7 @@ from . import _wakeups
 from ._database import new_token
 from ._payloads import Payload, decode, encode_task, moment
 from ._stores import claims as claim_store
-from ._validation import check_count, check_keys, check_queue, check_timeout
+from ._validation import check_keys, check_limit, check_queue, check_timeout
 
 if TYPE_CHECKING:
     from ._database import Database
@@ -41,7 +41,7 @@ class Consumer:
     async def pop(self, queue: str, limit: int, timeout: float | None) -> list[Payload]:
         """Up to `limit` tasks, waiting up to `timeout` seconds for the first."""
         check_queue(queue)
-        count, seconds = check_count(limit, "limit"), check_timeout(timeout)
+        count, seconds = check_limit(limit, "limit"), check_timeout(timeout)
         if count <= 0:
             return []
         with self._wakeups.waiting([_wakeups.pending(queue)]) as waiter:
@@ -111,10 +111,15 @@ class Consumer:
         return [decode(text) for _, text in claimed] or None
 
     async def _give_back(self, token: int) -> None:
-        queues = await self._database.write(
-            "hand back tasks", claim_store.release, self._owner, token
-        )
-        self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
+        try:
+            queues = await self._database.write(
+                "hand back tasks", claim_store.release, self._owner, token
+            )
+        except BackendError as error:
+            # The cancellation that brought us here must pass all the same.
+            logger.warning("Tasks taken by a cancelled pop may stay claimed: %s", error)
+        else:
+            self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
 
     def _refuse_other_queue(self, queue: str, task_id: str) -> None:
         for claimed_in, claimed_id in self._claims:

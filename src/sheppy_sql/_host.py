@@ -1,4 +1,4 @@
-"""sheppy's own commands, made to work with backends that sheppy does not know.
+"""sheppy's own commands, made to work with SqlBackend.
 
 THE ONE FILE THAT REACHES INTO SHEPPY'S PRIVATE PARTS. sheppy has no way to add a backend by
 URL: `_create_backend_from_url` is a closed chain of schemes (in `sheppy.queue`, later in
@@ -16,13 +16,16 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import sheppy
 import typer.main
 from typer.core import TyperGroup
+
+from . import _urls, migrate
+from ._backend import SqlBackend
 
 if TYPE_CHECKING:
     from sheppy import Backend
@@ -31,24 +34,67 @@ FUNCTION = "_create_backend_from_url"
 HOMES = ("sheppy.queue", "sheppy._queue")
 OPTION = "backend_url"
 NOT_OURS = frozenset({"dev-server"})
+SCHEMES = frozenset({"postgres", "postgresql", "sqlite"})
 
 
 class UnknownHostError(Exception):
     """sheppy is made differently than this file knows; the message says what to do."""
 
 
+class CommandBackend(SqlBackend):
+    """A SqlBackend whose tables the environment names, and which need not be disconnected."""
+
+    _ending: AsyncGenerator[None, None] | None = None
+
+    def __init__(self, url: str) -> None:
+        names = migrate.names_from_environment()
+        super().__init__(url, schema=names.schema, table_prefix=names.prefix)
+        self._given = url
+
+    async def connect(self) -> None:
+        """Also has asyncio.run() disconnect, as it closes what generators are left open."""
+        await super().connect()
+        if self._ending is None:
+            self._ending = self._disconnect_at_end()
+            await anext(self._ending)
+
+    async def _disconnect_at_end(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            self._ending = None
+            await self.disconnect()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _in_reloaded_process, (self._given,)
+
+
+# "work" prints the name of the type.
+CommandBackend.__name__ = SqlBackend.__name__
+
+
+def _in_reloaded_process(url: str) -> CommandBackend:
+    """The worker of "work --reload" has a process of its own, where sheppy is as it came."""
+    Host().install()
+    return CommandBackend(url)
+
+
+def backend_of(url: str) -> Backend | None:
+    """None for a URL that may be one of sheppy's own."""
+    scheme, separator, _ = url.partition("://")
+    is_ours = not separator or scheme.lower().partition("+")[0] in SCHEMES
+    return CommandBackend(url) if is_ours else None
+
+
 class Host:
     """sheppy, in this process.
 
-    Its commands print the URL that they are given. So they are given what `redact` leaves of it,
+    Its commands print the URL that they are given. So they are given one without its secrets,
     and get the backend of the URL itself.
     """
 
-    def __init__(
-        self, *, create_backend: Callable[[str], Backend | None], redact: Callable[[str], str]
-    ) -> None:
+    def __init__(self, create_backend: Callable[[str], Backend | None] = backend_of) -> None:
         self._create_backend = create_backend
-        self._redact = redact
         self._by_shown: dict[str, str] = {}
 
     def install(self) -> None:
@@ -69,12 +115,15 @@ class Host:
 
     def commands(self, find_url: Callable[[str | None], str]) -> dict[str, Any]:
         """The commands by name; `find_url` gets their --backend-url, None if it is not given."""
-        from sheppy.cli.cli import app
-
+        try:
+            from sheppy.cli.cli import app
+        except ImportError:
+            raise _unknown("has no sheppy.cli.cli.app") from None
         group = typer.main.get_command(app)
-        if not isinstance(group, TyperGroup):
-            raise _unknown("has no group of commands")
-        for option in _options(group):
+        options = list(_options(group))
+        if not isinstance(group, TyperGroup) or not options:
+            raise _unknown("has no commands with --backend-url")
+        for option in options:
             # It is what SHEPPY_BACKEND_URL holds, and --help shows defaults.
             option.default = None
             option.callback = lambda _context, _option, url: self._hide(find_url(url))
@@ -87,7 +136,7 @@ class Host:
         return message
 
     def _hide(self, url: str) -> str:
-        shown = self._redact(url)
+        shown = _urls.redact(url)
         self._by_shown[shown] = url
         return shown
 

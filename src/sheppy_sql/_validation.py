@@ -11,6 +11,8 @@ from croniter import CroniterError, croniter
 MAX_KEY_BYTES = 512
 """Queue and id share one B-tree entry, which PostgreSQL ends at 2,704 bytes."""
 
+MAX_LIMIT = 2**31 - 1
+
 EARLIEST = datetime.min.replace(tzinfo=timezone.utc)
 LATEST = datetime.max.replace(tzinfo=timezone.utc)
 
@@ -50,6 +52,11 @@ def check_count(value: object, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{what} must be an int, not {type(value).__name__}")
     return value
+
+
+def check_limit(value: object, what: str) -> int:
+    """A number of rows, cut to what both databases take as a LIMIT."""
+    return min(check_count(value, what), MAX_LIMIT)
 
 
 def check_number(value: object, what: str, *, finite: bool = True) -> float:

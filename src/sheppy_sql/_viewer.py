@@ -11,7 +11,7 @@ from ._stores import queues as queue_store
 from ._stores import results as result_store
 from ._stores import scheduled as schedule_store
 from ._stores import tasks as task_store
-from ._validation import check_count, check_keys, check_queue, check_timeout
+from ._validation import check_keys, check_limit, check_queue, check_timeout
 
 if TYPE_CHECKING:
     from ._database import Database
@@ -29,9 +29,10 @@ class Viewer:
 
     async def get_pending(self, queue: str, count: int) -> list[Payload]:
         check_queue(queue)
-        if check_count(count, "count") <= 0:
+        limit = check_limit(count, "count")
+        if limit <= 0:
             return []
-        texts = await self._database.read("get tasks", task_store.get_pending, queue, count)
+        texts = await self._database.read("get tasks", task_store.get_pending, queue, limit)
         return [decode(text) for text in texts]
 
     async def size(self, queue: str) -> int:

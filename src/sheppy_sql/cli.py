@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncGenerator
 from importlib.metadata import version
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 import typer.main
@@ -22,7 +21,6 @@ from ._errors import UPGRADE_HINT
 from .schema import DEFAULT_PREFIX, SCHEMA_VERSION
 
 BACKEND_URL_VARIABLE = "SHEPPY_BACKEND_URL"
-SCHEMES = frozenset({"postgres", "postgresql", "sqlite"})
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 db = typer.Typer(no_args_is_help=True, help="Make, change and check the tables")
@@ -48,7 +46,7 @@ TablePrefix = Annotated[
 
 def main() -> None:
     """Run the command line; where a database refuses: one line on stderr, exit status 1."""
-    host = _host.Host(create_backend=_create_backend, redact=_urls.redact)
+    host = _host.Host()
     try:
         host.install()
         group = typer.main.get_command(app)
@@ -64,51 +62,6 @@ def _message(error: Exception) -> str:
     if isinstance(error, ValidationError):  # whose own text quotes the task
         return "; ".join(detail["msg"] for detail in error.errors(include_input=False))
     return str(error)
-
-
-def _create_backend(url: str) -> CommandBackend | None:
-    """None for a URL that may be one of sheppy's own."""
-    scheme, separator, _ = url.partition("://")
-    is_ours = not separator or scheme.lower().partition("+")[0] in SCHEMES
-    return CommandBackend(url) if is_ours else None
-
-
-class CommandBackend(SqlBackend):
-    """A SqlBackend, with its names from the environment, that sheppy need not disconnect."""
-
-    _ending: AsyncGenerator[None, None] | None = None
-
-    def __init__(self, url: str) -> None:
-        names = migrate.names_from_environment()
-        super().__init__(url, schema=names.schema, table_prefix=names.prefix)
-        self._given = url
-
-    async def connect(self) -> None:
-        """Also has asyncio.run() disconnect, as it closes what generators are left open."""
-        await super().connect()
-        if self._ending is None:
-            self._ending = self._disconnect_at_end()
-            await anext(self._ending)
-
-    async def _disconnect_at_end(self) -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            self._ending = None
-            await self.disconnect()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _in_reloaded_process, (self._given,)
-
-
-# "work" prints the name of the type.
-CommandBackend.__name__ = SqlBackend.__name__
-
-
-def _in_reloaded_process(url: str) -> CommandBackend:
-    """The worker of "work --reload" has a process of its own, where sheppy is as it came."""
-    _host.Host(create_backend=_create_backend, redact=_urls.redact).install()
-    return CommandBackend(url)
 
 
 def _show_versions(wanted: bool) -> None:
