@@ -179,6 +179,39 @@ async def test_cancelled_pop_hands_its_tasks_back(
     ]
 
 
+async def test_disconnect_hands_back_what_was_taken(
+    make_backend: MakeBackend, database: TestDatabase
+) -> None:
+    leaving, staying = await make_backend(), await make_backend()
+    await staying.append("q", [task("a"), task("b"), task("c")])
+    await leaving.pop("q", 2)
+    waiting = asyncio.create_task(staying.pop("q", 5, timeout=20))
+    assert [taken["id"] for taken in await waiting] == ["c"]
+    waiting = asyncio.create_task(staying.pop("q", 5, timeout=20))
+    await leaving.disconnect()
+    # In their old places, ahead of what came later.
+    assert [taken["id"] for taken in await waiting] == ["a", "b"]
+
+
+async def test_pop_that_nobody_awaits_leaves_no_claim_behind_a_disconnect(
+    make_backend: MakeBackend, database: TestDatabase
+) -> None:
+    """What the host's worker does when it stops: it cancels its pop and goes."""
+    watching = await make_backend()
+    for turns in range(12):
+        backend = await make_backend()
+        await watching.append("q", [task(str(turns))])
+        pop = asyncio.create_task(backend.pop("q", timeout=5))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        pop.cancel()
+        await backend.disconnect()
+        assert await watching.size("q") == turns + 1
+    assert await database.fetch("SELECT count(*) FROM sheppy_tasks WHERE owner IS NOT NULL") == [
+        (0,)
+    ]
+
+
 async def test_disconnect_ends_what_waits(make_backend: MakeBackend) -> None:
     backend = await make_backend()
     waiting = [

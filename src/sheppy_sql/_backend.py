@@ -93,7 +93,11 @@ class SqlBackend(Backend):
             self._session = await Session.open(self._url_or_engine, self._tables, self._options)
 
     async def disconnect(self) -> None:
-        """Finish what is under way and close the connection; harmless where it is closed."""
+        """Close the connection; harmless where it is closed.
+
+        Calls under way are finished first, and tasks that this instance has taken and not
+        stored go back into their queue.
+        """
         session, self._session = self._session, None
         if session is None:
             return

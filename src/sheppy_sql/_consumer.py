@@ -37,6 +37,7 @@ class Consumer:
         self._options = options
         self._owner = owner
         self._claims: dict[tuple[str, str], int] = {}
+        self._closed = False
 
     async def pop(self, queue: str, limit: int, timeout: float | None) -> list[Payload]:
         """Up to `limit` tasks, waiting up to `timeout` seconds for the first."""
@@ -89,11 +90,20 @@ class Consumer:
         for task_id, _ in held:
             self.forget(queue, task_id)
 
+    async def close(self) -> None:
+        """Hand back what this instance still holds; whoever waits for tasks gets an error."""
+        self._closed = True
+        # A cancelled pop may have claimed and not yet have come to hear of it.
+        await self._database.drain()
+        await self._hand_back(None)
+
     def forget(self, queue: str, task_id: str) -> None:
         """End, for this instance, a claim that the database holds no longer."""
         self._claims.pop((queue, task_id), None)
 
     async def _claim(self, queue: str, limit: int) -> list[Payload] | None:
+        if self._closed:
+            raise BackendError("Failed to take tasks: the backend was disconnected meanwhile")
         if self._database.dialect.embedded and not await self._database.read(
             "look for tasks", claim_store.has_pending, queue
         ):
@@ -105,19 +115,22 @@ class Consumer:
             )
         except asyncio.CancelledError:
             # It may have been committed, and nobody will ever hear of it.
-            await self._give_back(token)
+            await self._hand_back(token)
             raise
         self._claims.update({(queue, task_id): token for task_id, _ in claimed})
         return [decode(text) for _, text in claimed] or None
 
-    async def _give_back(self, token: int) -> None:
+    async def _hand_back(self, token: int | None) -> None:
+        """Return what one claim took, or all claims of this instance; never fails."""
+        if self._closed and token is not None:
+            return  # close() returns everything
         try:
             queues = await self._database.write(
                 "hand back tasks", claim_store.release, self._owner, token
             )
         except BackendError as error:
-            # The cancellation that brought us here must pass all the same.
-            logger.warning("Tasks taken by a cancelled pop may stay claimed: %s", error)
+            # The cancellation or the disconnect that brought us here must pass all the same.
+            logger.warning("Tasks of %s may stay claimed: %s", self._owner, error)
         else:
             self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
 

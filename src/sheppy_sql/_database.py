@@ -111,11 +111,15 @@ class Database:
         """What `operation`, one statement that changes nothing, finds."""
         return await self._run(action, lambda: self._attempt(operation, False, *args, **kwargs))
 
-    async def close(self) -> None:
-        """Refuse new operations and wait for those under way, cancelled callers' among them."""
-        self._closed = True
+    async def drain(self) -> None:
+        """Wait for the operations under way, cancelled callers' among them."""
         while self._running:
             await asyncio.wait(self._running)
+
+    async def close(self) -> None:
+        """Refuse new operations, and drain."""
+        self._closed = True
+        await self.drain()
 
     async def _run(self, action: str, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
         self.check_loop()

@@ -85,7 +85,8 @@ class Session:
         return cls(database, installation, options, owns_engine=ours)
 
     async def close(self) -> None:
-        """Finish what is under way, then leave the database."""
+        """Finish what is under way, hand back what is claimed, then leave the database."""
+        await self.consumer.close()
         await self.database.close()
         if self._owns_engine:
             await self.database.engine.dispose()

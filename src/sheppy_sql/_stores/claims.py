@@ -54,15 +54,16 @@ async def claim(
     return [(row.id, row.payload) for row in claimed]
 
 
-async def release(tx: Transaction, owner: str, token: int) -> set[str]:
-    """Hand back what one claim took, each task to its old place; the queues concerned."""
+async def release(tx: Transaction, owner: str, token: int | None) -> set[str]:
+    """Hand back what one claim, or (None) the owner, holds; the queues concerned.
+
+    Each task goes to its old place in line.
+    """
     tasks = tx.tables.tasks
-    statement = (
-        update(tasks)
-        .where(tasks.c.owner == owner, tasks.c.claim_token == token, tasks.c.state == CLAIMED)
-        .values(state=PENDING, **UNCLAIMED)
-        .returning(tasks.c.queue)
-    )
+    held = update(tasks).where(tasks.c.owner == owner, tasks.c.state == CLAIMED)
+    if token is not None:
+        held = held.where(tasks.c.claim_token == token)
+    statement = held.values(state=PENDING, **UNCLAIMED).returning(tasks.c.queue)
     return {row.queue for row in await tx.rows(statement)}
 
 
