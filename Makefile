@@ -41,7 +41,7 @@ test-system:  ## run the tests that need PostgreSQL's own programs (pg_config in
 
 fuzz:  ## search for counterexamples longer than `make test` does
 	$(VENV) test
-	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz --timeout=3600 $(PYTEST_ARGS)
+	SHEPPY_SQL_FUZZ=1 $(BIN)/python -m pytest tests/property --timeout=3600 $(PYTEST_ARGS)
 
 matrix:  ## run the tests on every Python found, and with the lowest dependencies
 	$(VENV) runtime

@@ -172,11 +172,10 @@ def upgrade() -> None:
         "rate_limit_entries",
         key("queue"),
         key("key"),
-        key("task_id"),
         moment("acquired_at", nullable=False),
-        primary_key=("queue", "key", "task_id"),
+        key("task_id"),
+        primary_key=("queue", "key", "acquired_at", "task_id"),
     )
-    index("rate_limit_entries", "rate_limit_entries_age", "queue", "key", "acquired_at")
     create("queues", key("name"), primary_key=("name",))
     create(
         "schema",

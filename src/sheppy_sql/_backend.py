@@ -12,6 +12,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _urls
+from ._claims import Claims
 from ._options import DEFAULT_MAX_PAYLOAD_BYTES, DEFAULT_TTL, INHERIT, Options
 from ._payloads import Payload
 from ._session import Session
@@ -74,6 +75,7 @@ class SqlBackend(Backend):
             migrate=migrate,
         )
         self._tables = build_tables(schema, table_prefix)
+        self._claims = Claims()
         self._session: Session | None = None
         self._connecting: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
@@ -90,7 +92,9 @@ class SqlBackend(Backend):
             if self._session is not None:
                 self._session.abandon()
                 self._session = None
-            self._session = await Session.open(self._url_or_engine, self._tables, self._options)
+            self._session = await Session.open(
+                self._url_or_engine, self._tables, self._claims, self._options
+            )
 
     async def disconnect(self) -> None:
         """Close the connection; harmless where it is closed.

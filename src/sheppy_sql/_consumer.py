@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sheppy import BackendError
 
@@ -16,27 +17,35 @@ from ._stores import claims as claim_store
 from ._validation import check_keys, check_limit, check_queue, check_timeout
 
 if TYPE_CHECKING:
+    from ._claims import Claims
     from ._database import Database
     from ._options import Options
     from ._wakeups import Wakeups
 
 logger = logging.getLogger("sheppy_sql")
 
+LONGEST_RETRY = 100 * 365 * 86_400.0  # seconds; beyond it, SQLite's calendar ends
 RETRY_GRACE = 30.0
 """Seconds after a retry's time in which the worker may still schedule it itself."""
 
 
 class Consumer:
-    """pop, store_result and acknowledge of one backend instance, and the claims it holds."""
+    """pop, store_result and acknowledge of one backend instance."""
 
     def __init__(
-        self, database: Database, wakeups: Wakeups, options: Options, *, owner: str
+        self,
+        database: Database,
+        wakeups: Wakeups,
+        claims: Claims,
+        options: Options,
+        *,
+        owner: str,
     ) -> None:
         self._database = database
         self._wakeups = wakeups
         self._options = options
         self._owner = owner
-        self._claims: dict[tuple[str, str], int] = {}
+        self._claims = claims
         self._closed = False
 
     async def pop(self, queue: str, limit: int, timeout: float | None) -> list[Payload]:
@@ -60,9 +69,12 @@ class Consumer:
         row = encode_task(task, self._options.max_payload_bytes)
         if "finished_at" not in task:
             raise ValueError("task has no 'finished_at': set it, to None if it is not finished")
-        token = self._claims.get((queue, row.id))
-        if token is None:
-            self._refuse_other_queue(queue, row.id)
+        token = self._claims.token(queue, row.id)
+        if token is None and self._claims.holds_elsewhere(queue, row.id):
+            raise BackendError(
+                "Failed to store a task: queue name mismatch, it was popped from another queue "
+                "than the one its result is stored in"
+            )
         if task["finished_at"]:
             ttl = self._options.ttl_for(row.status)
             stored = await self._database.write(
@@ -74,8 +86,9 @@ class Consumer:
             )
         if not stored:
             logger.warning("Task %s was taken over or cleared: its result is dropped", row.id)
+            self._claims.lose(queue, row.id)
             return True
-        self.forget(queue, row.id)
+        self._claims.end(queue, row.id)
         if task["finished_at"]:
             self._wakeups.wake([_wakeups.finished(queue, row.id)])
         return True
@@ -83,12 +96,14 @@ class Consumer:
     async def acknowledge(self, queue: str, ids: Sequence[str]) -> None:
         """End this instance's claims on tasks, leaving them as they are stored."""
         check_queue(queue)
-        keys = [(queue, task_id) for task_id in check_keys(ids, "task id")]
-        held = [(key[1], self._claims[key]) for key in keys if key in self._claims]
+        tokens = {
+            task_id: self._claims.token(queue, task_id) for task_id in check_keys(ids, "task id")
+        }
+        held = {task_id: token for task_id, token in tokens.items() if token is not None}
         if held:
             await self._database.write("acknowledge tasks", claim_store.end, queue, held)
-        for task_id, _ in held:
-            self.forget(queue, task_id)
+        for task_id in held:
+            self._claims.end(queue, task_id)
 
     async def close(self) -> None:
         """Hand back what this instance still holds; whoever waits for tasks gets an error."""
@@ -96,10 +111,7 @@ class Consumer:
         # A cancelled pop may have claimed and not yet have come to hear of it.
         await self._database.drain()
         await self._hand_back(None)
-
-    def forget(self, queue: str, task_id: str) -> None:
-        """End, for this instance, a claim that the database holds no longer."""
-        self._claims.pop((queue, task_id), None)
+        self._claims.lose_all()
 
     async def _claim(self, queue: str, limit: int) -> list[Payload] | None:
         if self._closed:
@@ -109,16 +121,24 @@ class Consumer:
         ):
             return None
         token = new_token()
+        claim = self._database.start(
+            "take tasks", claim_store.claim, queue, limit, self._owner, token
+        )
         try:
-            claimed = await self._database.write(
-                "take tasks", claim_store.claim, queue, limit, self._owner, token
-            )
+            claimed = await asyncio.shield(claim)
         except asyncio.CancelledError:
-            # It may have been committed, and nobody will ever hear of it.
-            await self._hand_back(token)
+            # It may be committed, and nobody will ever hear of it. A task of its own, as
+            # whoever cancelled once may do it again.
+            await asyncio.wait([asyncio.create_task(self._hand_back_after(claim, token))])
             raise
-        self._claims.update({(queue, task_id): token for task_id, _ in claimed})
+        self._claims.take(queue, [task_id for task_id, _ in claimed], token)
         return [decode(text) for _, text in claimed] or None
+
+    async def _hand_back_after(self, claim: asyncio.Task[Any], token: int) -> None:
+        while not claim.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([claim])
+        await self._hand_back(token)
 
     async def _hand_back(self, token: int | None) -> None:
         """Return what one claim took, or all claims of this instance; never fails."""
@@ -134,14 +154,6 @@ class Consumer:
         else:
             self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
 
-    def _refuse_other_queue(self, queue: str, task_id: str) -> None:
-        for claimed_in, claimed_id in self._claims:
-            if claimed_id == task_id and claimed_in != queue:
-                raise BackendError(
-                    "queue name mismatch: the task was popped from another queue than the one "
-                    "its result is stored in"
-                )
-
 
 def _retry_in(task: Payload) -> float | None:
     """Seconds until a retrying task must run even if its worker never schedules it.
@@ -152,8 +164,10 @@ def _retry_in(task: Payload) -> float | None:
     if task.get("status") != "retrying":
         return None
     decided, due = moment(task.get("last_retry_at")), moment(task.get("next_retry_at"))
-    delay = max((due - decided).total_seconds(), 0.0) if due and decided else 0.0
+    delay = (due - decided).total_seconds() if due and decided else 0.0
+    delay = min(max(delay, 0.0), LONGEST_RETRY)
     config = task.get("config")
-    retries, used = (config or {}).get("retry"), task.get("retry_count")
+    retries = config.get("retry") if isinstance(config, dict) else None
+    used = task.get("retry_count")
     is_last = isinstance(retries, int) and isinstance(used, int) and used >= retries
     return delay if is_last else delay + RETRY_GRACE

@@ -7,7 +7,7 @@ import contextlib
 import os
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -103,13 +103,20 @@ class Database:
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """The outcome of `operation` once it is committed; BackendError names `action`."""
-        return await self._run(action, lambda: self._attempt(operation, True, *args, **kwargs))
+        return await self._outcome(self.start(action, operation, *args, **kwargs))
 
     async def read(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """What `operation`, one statement that changes nothing, finds."""
-        return await self._run(action, lambda: self._attempt(operation, False, *args, **kwargs))
+        attempt = self._attempt(operation, False, *args, **kwargs)
+        return await self._outcome(self._start(action, attempt))
+
+    def start(
+        self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Task[T]:
+        """`write` under way, for a caller who must know how it ends though it is cancelled."""
+        return self._start(action, self._attempt(operation, True, *args, **kwargs))
 
     async def drain(self) -> None:
         """Wait for the operations under way, cancelled callers' among them."""
@@ -121,7 +128,7 @@ class Database:
         self._closed = True
         await self.drain()
 
-    async def _run(self, action: str, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def _start(self, action: str, attempt: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
         self.check_loop()
         if self._closed:
             raise BackendError(f"Failed to {action}: the backend was disconnected meanwhile")
@@ -129,6 +136,9 @@ class Database:
         work = self._loop.create_task(self._retry(action, attempt))
         self._running.add(work)
         work.add_done_callback(self._forget)
+        return work
+
+    async def _outcome(self, work: asyncio.Task[T]) -> T:
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -141,7 +151,7 @@ class Database:
         if not work.cancelled():
             work.exception()
 
-    async def _retry(self, action: str, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def _retry(self, action: str, attempt: Callable[[], Awaitable[T]]) -> T:
         """The only place that sees a driver's error."""
         tries = 0
         while True:
@@ -156,14 +166,18 @@ class Database:
                     raise backend_error(action, error) from None
             await asyncio.sleep(CONFLICT_PAUSE * tries * random.uniform(0.5, 1.5))  # noqa: S311
 
-    async def _attempt(
+    def _attempt(
         self, operation: Operation[P, T], write: bool, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        turn = self._write_turn if write else self._read_turn
-        async with turn, self.engine.connect() as connection:
-            await self.dialect.begin(connection, write=write)
-            outcome = await operation(
-                Transaction(connection, self.tables, self.dialect), *args, **kwargs
-            )
-            await connection.commit()
-            return outcome
+    ) -> Callable[[], Awaitable[T]]:
+        """One try at `operation` in a transaction of its own, to be called as often as needed."""
+
+        async def attempt() -> T:
+            turn = self._write_turn if write else self._read_turn
+            async with turn, self.engine.connect() as connection:
+                await self.dialect.begin(connection, write=write)
+                transaction = Transaction(connection, self.tables, self.dialect)
+                outcome = await operation(transaction, *args, **kwargs)
+                await connection.commit()
+                return outcome
+
+        return attempt

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import sheppy
 import typer.main
-from typer.core import TyperGroup
 
 from . import _urls, migrate
 from ._backend import SqlBackend
@@ -119,9 +118,9 @@ class Host:
             from sheppy.cli.cli import app
         except ImportError:
             raise _unknown("has no sheppy.cli.cli.app") from None
-        group = typer.main.get_command(app)
+        group = typer.main.get_group(app)
         options = list(_options(group))
-        if not isinstance(group, TyperGroup) or not options:
+        if not options:
             raise _unknown("has no commands with --backend-url")
         for option in options:
             # It is what SHEPPY_BACKEND_URL holds, and --help shows defaults.

@@ -18,7 +18,7 @@ from ._validation import check_moment, check_queue
 from .schema import PENDING, SCHEDULED
 
 if TYPE_CHECKING:
-    from ._consumer import Consumer
+    from ._claims import Claims
     from ._database import Database, Transaction
     from ._options import Options
     from ._wakeups import Wakeups
@@ -43,11 +43,11 @@ class Producer:
     """append, schedule and pop_scheduled of one backend instance."""
 
     def __init__(
-        self, database: Database, wakeups: Wakeups, consumer: Consumer, options: Options
+        self, database: Database, wakeups: Wakeups, claims: Claims, options: Options
     ) -> None:
         self._database = database
         self._wakeups = wakeups
-        self._consumer = consumer
+        self._claims = claims
         self._max_bytes = options.max_payload_bytes
         self._known_queues: set[str] = set()
         self._leases: dict[tuple[str, str], Lease] = {}
@@ -129,7 +129,7 @@ class Producer:
         """Forget what this instance held of tasks that are stored anew."""
         for row in rows:
             self._leases.pop((queue, row.id), None)
-            self._consumer.forget(queue, row.id)
+            self._claims.end(queue, row.id)
 
     async def _add(self, tx: Transaction, queue: str, rows: Sequence[TaskRow]) -> set[str]:
         await self._register(tx, queue)
@@ -139,12 +139,11 @@ class Producer:
         self, tx: Transaction, queue: str, rows: Sequence[TaskRow], leases: Mapping[str, int]
     ) -> None:
         await self._register(tx, queue)
-        kept = [row for row in rows if row.id in leases]
-        others = [row for row in rows if row.id not in leases]
-        if kept:
-            await schedule_store.promote(tx, queue, kept, leases, new_token())
-        if others:
-            await task_store.put(tx, queue, others, new_token(), PENDING)
+        kept = await schedule_store.lock_leases(tx, queue, leases) if leases else set()
+        # A task whose lease is over was taken by another scheduler: it is no longer ours to add.
+        rows = [row for row in rows if row.id not in leases or row.id in kept]
+        if rows:
+            await task_store.put(tx, queue, rows, new_token(), PENDING)
 
     async def _schedule(
         self, tx: Transaction, queue: str, row: TaskRow, run_at: datetime, unique: bool

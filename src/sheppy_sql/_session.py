@@ -16,7 +16,7 @@ from . import _urls, _wakeups, migrate
 from ._consumer import Consumer
 from ._database import Database, Transaction
 from ._definitions import Definitions
-from ._dialects import ServerRefusedError, dialect_named
+from ._dialects import dialect_named
 from ._errors import UPGRADE_HINT, is_missing_table
 from ._limiter import Limiter
 from ._producer import Producer
@@ -27,6 +27,7 @@ from .schema import SCHEMA_VERSION, Tables
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
+    from ._claims import Claims
     from ._options import Options
     from ._stores.installation import Installation
 
@@ -42,6 +43,7 @@ class Session:
         self,
         database: Database,
         installation: Installation,
+        claims: Claims,
         options: Options,
         *,
         owns_engine: bool,
@@ -49,8 +51,8 @@ class Session:
         wakeups = _wakeups.hub(installation.name)
         owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self.database = database
-        self.consumer = Consumer(database, wakeups, options, owner=owner)
-        self.producer = Producer(database, wakeups, self.consumer, options)
+        self.consumer = Consumer(database, wakeups, claims, options, owner=owner)
+        self.producer = Producer(database, wakeups, claims, options)
         self.viewer = Viewer(database, wakeups, options)
         self.definitions = Definitions(database, options)
         self.limiter = Limiter(database)
@@ -58,7 +60,11 @@ class Session:
 
     @classmethod
     async def open(
-        cls, url_or_engine: str | URL | AsyncEngine, tables: Tables, options: Options
+        cls,
+        url_or_engine: str | URL | AsyncEngine,
+        tables: Tables,
+        claims: Claims,
+        options: Options,
     ) -> Session:
         """Connect by a URL, or through an engine that stays the application's.
 
@@ -82,7 +88,7 @@ class Session:
                 "from here start that much off; synchronise the clocks",
                 abs(offset),
             )
-        return cls(database, installation, options, owns_engine=ours)
+        return cls(database, installation, claims, options, owns_engine=ours)
 
     async def close(self) -> None:
         """Finish what is under way, hand back what is claimed, then leave the database."""
@@ -107,10 +113,7 @@ def _engine(url: str | URL, options: Options) -> AsyncEngine:
 async def _check_server(tx: Transaction) -> float | None:
     """Seconds by which the server's clock is ahead of this machine's, if it has its own."""
     before = datetime.now(timezone.utc)
-    try:
-        server_time = await tx.dialect.check_server(tx.connection)
-    except ServerRefusedError as error:
-        raise BackendError(f"Failed to connect: {error}") from None
+    server_time = await tx.dialect.check_server(tx.connection)
     after = datetime.now(timezone.utc)
     if server_time is None:
         return None

@@ -62,9 +62,13 @@ def check_limit(value: object, what: str) -> int:
 def check_number(value: object, what: str, *, finite: bool = True) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{what} must be a number, not {type(value).__name__}")
-    if math.isnan(value) or (finite and math.isinf(value)):
-        raise ValueError(f"{what} must be a finite number, not {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{what} is too large") from None
+    if math.isnan(number) or (finite and math.isinf(number)):
+        raise ValueError(f"{what} must be a finite number, not {number}")
+    return number
 
 
 def check_moment(value: object, what: str) -> datetime:

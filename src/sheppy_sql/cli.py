@@ -13,7 +13,6 @@ import typer.main
 from alembic.util import CommandError
 from pydantic import ValidationError
 from sheppy import BackendError
-from typer.core import TyperGroup
 
 from . import _host, _urls, migrate
 from ._backend import SqlBackend
@@ -49,8 +48,7 @@ def main() -> None:
     host = _host.Host()
     try:
         host.install()
-        group = typer.main.get_command(app)
-        assert isinstance(group, TyperGroup)
+        group = typer.main.get_group(app)
         group.commands = {**host.commands(_find_backend_url), **group.commands}
         group()
     except (BackendError, CommandError, ValueError, _host.UnknownHostError) as error:

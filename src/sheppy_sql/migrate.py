@@ -76,7 +76,7 @@ def upgrade(
     revision: str = "head",
 ) -> None:
     """Bring the tables to `revision`; harmless where they are there already."""
-    _run(url, Names(schema, table_prefix), lambda config: command.upgrade(config, revision))
+    _run(url, _names(url, schema, table_prefix), lambda config: command.upgrade(config, revision))
 
 
 def downgrade(
@@ -87,7 +87,7 @@ def downgrade(
     revision: str = "base",
 ) -> None:
     """Take the tables back to `revision`; "base" drops them, with all tasks in them."""
-    _run(url, Names(schema, table_prefix), lambda config: command.downgrade(config, revision))
+    _run(url, _names(url, schema, table_prefix), lambda config: command.downgrade(config, revision))
 
 
 def sql(
@@ -102,7 +102,7 @@ def sql(
     `url` only says which database they are for. `revision` may be a range, "from:to".
     """
     output = io.StringIO()
-    config = _config(Names(schema, table_prefix), output, sheppy_sql_url=url)
+    config = _config(_names(url, schema, table_prefix), output, sheppy_sql_url=url)
     command.upgrade(config, revision, sql=True)
     return output.getvalue()
 
@@ -111,8 +111,7 @@ def current(
     url: str | URL, *, schema: str | None = None, table_prefix: str = DEFAULT_PREFIX
 ) -> Position:
     """Which tables are there; changes nothing."""
-    names = Names(schema, table_prefix)
-    build_tables(*names)
+    names = _names(url, schema, table_prefix)
     if _is_missing_file(_urls.parse(url)):
         return Position(None, None)
     look = _connected(
@@ -167,8 +166,16 @@ def run_environment() -> None:
         _wait(_connected(_url_in_use(), lambda sync: _migrate(sync)))
 
 
+def _names(url: str | URL, schema: str | None, prefix: str) -> Names:
+    """ValueError where the database cannot have them, before anything is opened."""
+    names = Names(schema, prefix)
+    build_tables(*names)
+    if schema is not None and dialect_named(_urls.parse(url).url.get_backend_name()).embedded:
+        raise ValueError("schema is PostgreSQL's; on SQLite use table_prefix or another file")
+    return names
+
+
 def _run(url: str | URL, names: Names, action: Callable[[Config], None]) -> None:
-    build_tables(*names)  # refuses bad names before anything is opened
     _wait(_connected(url, lambda sync: action(_config(names, connection=sync))))
 
 

@@ -212,9 +212,8 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             "rate_limit_entries",
             key("queue"),
             key("key"),
+            Column("acquired_at", Timestamp, primary_key=True),
             key("task_id"),
-            Column("acquired_at", Timestamp, nullable=False),
-            index("rate_limit_entries_age", "queue", "key", "acquired_at"),
         ),
         queues=table("queues", Column("name", Key, primary_key=True)),
         schema=table(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .base import Dialect as Dialect
-from .base import ServerRefusedError as ServerRefusedError
 from .postgresql import PostgreSQL
 from .sqlite import SQLite
 

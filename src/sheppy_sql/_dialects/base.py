@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     Columns = Mapping[str, tuple[TypeEngine[Any], Sequence[Any]]]
 
 
-class ServerRefusedError(Exception):
-    """The server cannot carry the queue; the message says why and what to do."""
-
-
 class Dialect(ABC):
     """Seven differences between PostgreSQL and SQLite."""
 
@@ -38,7 +34,7 @@ class Dialect(ABC):
 
     @abstractmethod
     async def check_server(self, connection: AsyncConnection) -> datetime | None:
-        """The server's clock, None where it is this machine's; ServerRefusedError if too old."""
+        """The server's clock, None where it is this machine's; BackendError if it is unfit."""
 
     @abstractmethod
     async def begin(self, connection: AsyncConnection, *, write: bool) -> None:

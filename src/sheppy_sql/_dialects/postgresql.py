@@ -5,11 +5,13 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from sheppy import BackendError
 from sqlalchemy import ARRAY, ColumnElement, Interval, bindparam, column, func, literal, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from .base import Dialect, ServerRefusedError
+from . import logs
+from .base import Dialect
 
 if TYPE_CHECKING:
     from sqlalchemy import FromClause, Table
@@ -28,6 +30,7 @@ class PostgreSQL(Dialect):
     def create_engine(
         self, target: Target, *, pool_size: int, connect_timeout: float
     ) -> AsyncEngine:
+        logs.hide_rows()
         return create_async_engine(
             target.url,
             connect_args={"timeout": connect_timeout, **target.connect_args},
@@ -37,6 +40,7 @@ class PostgreSQL(Dialect):
             pool_timeout=None,
             # A message of SQLAlchemy's would otherwise quote payloads.
             hide_parameters=True,
+            logging_name=logs.ENGINE,
         )
 
     async def check_server(self, connection: AsyncConnection) -> datetime | None:
@@ -53,18 +57,20 @@ class PostgreSQL(Dialect):
         ).one()
         major = int(version) // 10_000
         if major < OLDEST_VERSION:
-            raise ServerRefusedError(
-                f"PostgreSQL {major} is too old: {OLDEST_VERSION} or newer is needed; upgrade it"
+            raise BackendError(
+                f"Failed to connect: PostgreSQL {major} is too old; "
+                f"upgrade it to {OLDEST_VERSION} or newer"
             )
         if standby or read_only == "on":
             what = "a standby" if standby else "set to default_transaction_read_only"
-            raise ServerRefusedError(
-                f"the server is read-only ({what}): connect to the primary, for example with "
-                "?target_session_attrs=read-write and all hosts in the URL"
+            raise BackendError(
+                f"Failed to connect: the server is read-only ({what}); connect to the primary, "
+                "for example with all hosts in the URL and ?target_session_attrs=read-write"
             )
         if encoding != "UTF8":
-            raise ServerRefusedError(
-                f"the database's encoding is {encoding}: create it with ENCODING 'UTF8'"
+            raise BackendError(
+                f"Failed to connect: the database's encoding is {encoding}; "
+                "create one with ENCODING 'UTF8'"
             )
         moment: datetime = now
         return moment

@@ -6,15 +6,18 @@ import contextlib
 import json
 import sqlite3
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sheppy import BackendError
 from sqlalchemy import ColumnElement, event, func, literal, select
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
 
 from ..schema import Timestamp, sqlite_timestamp
-from .base import Dialect, ServerRefusedError
+from . import logs
+from .base import Dialect
 
 if TYPE_CHECKING:
     from sqlalchemy import FromClause, Table
@@ -34,7 +37,11 @@ class SQLite(Dialect):
     def create_engine(
         self, target: Target, *, pool_size: int, connect_timeout: float
     ) -> AsyncEngine:
+        logs.hide_rows()
+        logs.hide_parameters()
         memory = is_memory(target)
+        if not memory:
+            _check_folder(target)
         pool: dict[str, Any] = (
             # Every connection to :memory: is a database of its own.
             {"poolclass": StaticPool}
@@ -50,6 +57,7 @@ class SQLite(Dialect):
             target.url,
             connect_args={"timeout": BUSY_TIMEOUT, **target.connect_args},
             hide_parameters=True,
+            logging_name=logs.ENGINE,
             **pool,
         )
         event.listen(engine.sync_engine, "connect", _prepare)
@@ -59,9 +67,9 @@ class SQLite(Dialect):
         version = tuple(int(part) for part in sqlite3.sqlite_version.split("."))
         if version < OLDEST_VERSION:
             oldest = ".".join(map(str, OLDEST_VERSION))
-            raise ServerRefusedError(
-                f"SQLite {sqlite3.sqlite_version} is too old: {oldest} or newer is needed; "
-                "use a newer Python, which brings its own"
+            raise BackendError(
+                f"Failed to connect: SQLite {sqlite3.sqlite_version} is too old, {oldest} or newer "
+                "is needed; use a newer Python, which brings its own"
             )
         return None
 
@@ -96,6 +104,15 @@ class SQLite(Dialect):
 def is_memory(target: Target) -> bool:
     database, mode = target.url.database or ":memory:", target.url.query.get("mode")
     return mode == "memory" or database in {":memory:", "file::memory:"}
+
+
+def _check_folder(target: Target) -> None:
+    # aiosqlite's thread may outlive the event loop of a connection that fails.
+    path = Path(str(target.url.database).removeprefix("file:"))
+    if not path.parent.is_dir():
+        raise BackendError(f"Failed to connect: the folder {path.parent} is missing; create it")
+    if path.is_dir():
+        raise BackendError(f"Failed to connect: {path} is a folder; name a file in it")
 
 
 def _prepare(connection: Any, _record: Any) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Text, null, or_, select
+from sqlalchemy import ARRAY, any_, literal, null, or_, select
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, FromClause
+    from sqlalchemy import ColumnElement
 
     from .._database import Transaction
 
@@ -21,11 +21,15 @@ def unexpired(tx: Transaction) -> ColumnElement[bool]:
     return or_(expires_at.is_(None), expires_at > tx.dialect.now())
 
 
-def id_list(tx: Transaction, ids: Sequence[str]) -> FromClause:
-    """The ids as rows to join with, in one parameter."""
-    return tx.dialect.unnest({"id": (Text(), ids)})
+def among(
+    tx: Transaction, column: ColumnElement[Any], values: Sequence[Any]
+) -> ColumnElement[bool]:
+    """Whether a column holds one of the values, which travel as one parameter.
 
-
-def among(tx: Transaction, column: ColumnElement[str], ids: Sequence[str]) -> ColumnElement[bool]:
-    """For DELETE, which cannot join on SQLite."""
-    return column.in_(select(id_list(tx, ids).c.id))
+    Not a join with the values: SQLite, knowing nothing of how many there are,
+    may go through all its rows for each of them.
+    """
+    if tx.dialect.embedded:
+        item = tx.dialect.unnest({"value": (column.type, values)})
+        return column.in_(select(item.c.value))
+    return column == any_(literal(list(values), ARRAY(column.type)))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sqlalchemy import BigInteger, Text, delete, null, select, update
+from sqlalchemy import delete, null, select, update
 
 from ..schema import CLAIMED, IDLE, PENDING, SCHEDULED
 from . import results as result_store
 from . import scheduled as schedule_store
-from ._common import UNCLAIMED
+from ._common import UNCLAIMED, among
 
 if TYPE_CHECKING:
     from .._database import Transaction
@@ -67,17 +67,17 @@ async def release(tx: Transaction, owner: str, token: int | None) -> set[str]:
     return {row.queue for row in await tx.rows(statement)}
 
 
-async def end(tx: Transaction, queue: str, claims: Sequence[tuple[str, int]]) -> None:
-    """End claims, given as (id, token), where they still hold; the tasks stay, in no queue."""
+async def end(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
+    """End claims, tokens by id, where they still hold; the tasks stay, in no queue."""
     tasks = tx.tables.tasks
-    ids, tokens = zip(*sorted(claims), strict=True)
-    item = tx.dialect.unnest({"id": (Text(), ids), "token": (BigInteger(), tokens)})
+    ids = sorted(claims)
     statement = (
         update(tasks)
         .where(
             tasks.c.queue == queue,
-            tasks.c.id == item.c.id,
-            tasks.c.claim_token == item.c.token,
+            among(tx, tasks.c.id, ids),
+            # A token is of one instance's pop: a task under it is one that was asked for.
+            among(tx, tasks.c.claim_token, [claims[task_id] for task_id in ids]),
         )
         .values(state=IDLE, position=null(), **UNCLAIMED)
     )

@@ -72,18 +72,12 @@ async def _sliding(
     counted = select(func.count(), func.min(entries.c.acquired_at)).where(*window)
     taken, oldest = (await tx.rows(counted))[0]
     if taken < max_rate:
+        # One entry a start, not a task: a retry starts as well.
         entry = tx.dialect.insert(entries).values(
             queue=limiter.queue, key=limiter.key, task_id=task_id, acquired_at=now
         )
-        # One entry a task: one that is delivered again does not count twice.
-        await tx.execute(
-            entry.on_conflict_do_update(
-                index_elements=[entries.c.queue, entries.c.key, entries.c.task_id],
-                set_={"acquired_at": now},
-            )
-        )
+        await tx.execute(entry.on_conflict_do_nothing())
         return None
-    await tx.execute(delete(entries).where(*window, entries.c.task_id == task_id))
     opens_at: datetime = oldest + period
     return opens_at
 

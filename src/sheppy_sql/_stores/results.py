@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import delete, null, select
 
-from ._common import id_list, unexpired
+from ._common import among, unexpired
 
 if TYPE_CHECKING:
     from .._database import Transaction
@@ -42,9 +42,8 @@ async def put(
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
     """The payloads of those that are finished, by id."""
     results = tx.tables.results
-    item = id_list(tx, ids)
     statement = select(results.c.id, results.c.payload).where(
-        results.c.queue == queue, results.c.id == item.c.id, unexpired(tx)
+        results.c.queue == queue, among(tx, results.c.id, ids), unexpired(tx)
     )
     return {row.id: row.payload for row in await tx.rows(statement)}
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import BigInteger, Text, and_, delete, literal, null, or_, select, update
+from sqlalchemy import and_, delete, literal, null, or_, select, update
 
-from ..schema import DUE, LEASED, PARKED, PENDING, Timestamp
-from . import tasks as task_store
-from ._common import id_list
+from ..schema import DUE, LEASED, PARKED, Timestamp
+from ._common import among
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
 
     from .._database import Transaction
-    from .._payloads import TaskRow
 
 LEASE = 30.0
 """Seconds in which the append must follow a pop_scheduled before the task is due again."""
@@ -84,38 +82,32 @@ async def lease_due(
     )
     leased = [(row.task_id, row.payload) for row in await tx.rows(due)]
     if leased:
-        item = id_list(tx, sorted(task_id for task_id, _ in leased))
+        ids = sorted(task_id for task_id, _ in leased)
         await tx.execute(
             update(scheduled)
-            .where(scheduled.c.queue == queue, scheduled.c.task_id == item.c.id)
+            .where(scheduled.c.queue == queue, among(tx, scheduled.c.task_id, ids))
             .values(kind=LEASED, lease_token=token, run_at=tx.dialect.now(plus=LEASE))
         )
     return leased
 
 
-async def promote(
-    tx: Transaction, queue: str, rows: Sequence[TaskRow], leases: Mapping[str, int], token: int
-) -> None:
-    """Put leased tasks in line, those of `rows` whose lease (token by id) still holds."""
+async def lock_leases(tx: Transaction, queue: str, leases: Mapping[str, int]) -> set[str]:
+    """Which of the leases, tokens by id, still hold; nobody else takes them in this transaction."""
     scheduled, tasks = tx.tables.scheduled_tasks, tx.tables.tasks
     ids = sorted(leases)
-    item = tx.dialect.unnest(
-        {"id": (Text(), ids), "token": (BigInteger(), [leases[task_id] for task_id in ids])}
-    )
     held = (
-        select(tasks.c.id)
+        select(scheduled.c.task_id)
         .where(
             scheduled.c.queue == queue,
-            scheduled.c.task_id == item.c.id,
-            scheduled.c.lease_token == item.c.token,
+            among(tx, scheduled.c.task_id, ids),
+            among(tx, scheduled.c.lease_token, [leases[task_id] for task_id in ids]),
             tasks.c.queue == scheduled.c.queue,
             tasks.c.id == scheduled.c.task_id,
         )
-        .order_by(tasks.c.id)
+        .order_by(scheduled.c.task_id)
         .with_for_update(of=[tasks, scheduled])
     )
-    promoted = {row.id for row in await tx.rows(held)}
-    await task_store.put(tx, queue, [row for row in rows if row.id in promoted], token, PENDING)
+    return {row.task_id for row in await tx.rows(held)}
 
 
 def _is_due(tx: Transaction, now: datetime | None) -> ColumnElement[bool]:

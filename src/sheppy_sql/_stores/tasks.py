@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 
 from ..schema import PENDING, POSITION_STEP, Timestamp
-from ._common import UNCLAIMED, among, id_list, unexpired
+from ._common import UNCLAIMED, among, unexpired
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 STATEMENT_BYTES = 32 * 1024 * 1024
 """Payload in one statement: PostgreSQL ends a message at 1 GiB, memory may end earlier."""
+
+REPLACED = ("payload", "state", "append_token", "func", "status", "created_at")
+"""Columns of a task that is stored anew; its position and its claim follow rules of their own."""
 
 STATEMENT_ROWS = POSITION_STEP // 10
 
@@ -70,7 +73,7 @@ async def put(
         statement = insertion.on_conflict_do_update(
             index_elements=[tasks.c.queue, tasks.c.id],
             set_={
-                **{name: new[name] for name in ("payload", "state", "append_token", "status")},
+                **{name: new[name] for name in REPLACED},
                 **UNCLAIMED,
                 "position": case((stays, tasks.c.position), else_=new.position),
             },
@@ -91,12 +94,11 @@ async def exists(tx: Transaction, queue: str, task_id: str) -> bool:
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
     """Payloads by id, in whatever state: one snapshot, so that a moving task is seen once."""
     tasks, results = tx.tables.tasks, tx.tables.results
-    item = id_list(tx, ids)
     live = select(tasks.c.id, tasks.c.payload).where(
-        tasks.c.queue == queue, tasks.c.id == item.c.id
+        tasks.c.queue == queue, among(tx, tasks.c.id, ids)
     )
     ended = select(results.c.id, results.c.payload).where(
-        results.c.queue == queue, results.c.id == item.c.id, unexpired(tx)
+        results.c.queue == queue, among(tx, results.c.id, ids), unexpired(tx)
     )
     return {row.id: row.payload for row in await tx.rows(union_all(ended, live))}
 
@@ -131,9 +133,8 @@ async def size(tx: Transaction, queue: str) -> int:
 async def _remove_finished(tx: Transaction, queue: str, ids: Sequence[str], token: int) -> set[str]:
     """The ids just added that stand among the results after all; removed again."""
     tasks, results = tx.tables.tasks, tx.tables.results
-    item = id_list(tx, ids)
     finished = select(results.c.id).where(
-        results.c.queue == queue, results.c.id == item.c.id, unexpired(tx)
+        results.c.queue == queue, among(tx, results.c.id, ids), unexpired(tx)
     )
     statement = delete(tasks).where(
         tasks.c.queue == queue, tasks.c.append_token == token, tasks.c.id.in_(finished)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, func, insert, literal, select
+from sqlalchemy import Text, delete, func, insert, literal, select
 
-from ._common import id_list
+from ._common import among
 
 if TYPE_CHECKING:
     from .._database import Transaction
@@ -35,7 +35,7 @@ async def put(
     )
     await _stop_waiting(tx, queue, workflow_id)
     if waits_for:
-        item = id_list(tx, sorted(waits_for))
+        item = tx.dialect.unnest({"id": (Text(), sorted(waits_for))})
         await tx.execute(
             insert(waiting).from_select(
                 ["queue", "workflow_id", "task_id"],
@@ -47,9 +47,8 @@ async def put(
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
     """Payloads of those that exist, by id."""
     workflows = tx.tables.workflows
-    item = id_list(tx, ids)
     statement = select(workflows.c.id, workflows.c.payload).where(
-        workflows.c.queue == queue, workflows.c.id == item.c.id
+        workflows.c.queue == queue, among(tx, workflows.c.id, ids)
     )
     return {row.id: row.payload for row in await tx.rows(statement)}
 

@@ -1,0 +1,336 @@
+"""The documentation: its programs run, its statements work, and what it names exists."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+import sheppy.cli.cli
+import typer.main
+from sheppy import Queue, task
+from trustme import CA
+from typer.core import TyperGroup
+
+from sheppy_sql import SqlBackend, _urls, cli, migrate
+from sheppy_sql.schema import SCHEMA_VERSION
+from tests.support.databases import TestDatabase
+from tests.support.postgres import PostgresServer
+from tests.support.processes import Spawner, environment
+from tests.support.urls import no_defaults as no_defaults
+
+ROOT = Path(__file__).parents[1]
+GUIDES = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
+PAGES = [*GUIDES, "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+
+# A block of Python is found by a line of it; each has a test below.
+PROGRAM = "async def greet("
+ENGINE = "engine = create_async_engine("
+ROUTER = "app.include_router("
+WORKER = ").work()"
+ROLES = 'schema="sheppy")'
+AUTOGENERATE = "def include_name("
+# Parts of a proposal: to be read, not run.
+SKETCHES = ("def create_backend(",)
+
+URL = re.compile(r"(?:postgres|postgresql|sqlite)(?:\+\w+)?://[^\s\"'`|]*")
+
+
+@task
+async def double(number: int) -> int:
+    return 2 * number
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", read(page), re.DOTALL | re.MULTILINE)
+
+
+def block(page: str, part: str, language: str = "python") -> str:
+    [found] = [text for text in blocks(page, language) if part in text]
+    return found
+
+
+def source(page: str, part: str, url: str) -> str:
+    """A block of Python on another database."""
+    return URL.sub(lambda _: url, block(page, part))
+
+
+def names(page: str, part: str, url: str, directory: Path) -> dict[str, Any]:
+    """What a block of Python defines, run in this process."""
+    file = directory / "block.py"
+    file.write_text(source(page, part, url), "utf-8")
+    return runpy.run_path(str(file))
+
+
+def run(*command: str, directory: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """What a program printed; it must have succeeded."""
+    ran = subprocess.run(
+        command, cwd=directory, env=environment(env), capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
+def code(page: str) -> Iterator[str]:
+    """The lines that are code, in blocks and in the text."""
+    text = re.sub(r"^```(?:diff|toml)\n.*?^```$", "", read(page), flags=re.DOTALL | re.MULTILINE)
+    for fenced in re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        yield from fenced.splitlines()
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    yield from re.findall(r"^ {4,}(.+)$", text, re.MULTILINE)
+    yield from re.findall(r"(?<!`)`([^`\n]+)`", text)
+
+
+def table(page: str, first_column: str) -> list[list[str]]:
+    """The cells of the table with this heading, row by row."""
+    rows = read(page).partition(f"| {first_column} |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_every_block_of_python_is_tested_or_a_sketch() -> None:
+    tested = (PROGRAM, ENGINE, ROUTER, WORKER, ROLES, AUTOGENERATE)
+    for page in GUIDES:
+        for text in blocks(page, "python"):
+            compile(text, page, "exec")
+            assert sum(part in text for part in (*tested, *SKETCHES)) == 1, text
+
+
+@pytest.mark.posix
+def test_program_runs_on_every_database(database: TestDatabase, tmp_path: Path) -> None:
+    (tmp_path / "hello.py").write_text(source("README.md", PROGRAM, database.url), "utf-8")
+    # In its directory: sheppy finds the task of a program by the path from there.
+    ran = run(sys.executable, "hello.py", directory=tmp_path)
+    assert (ran.stdout, ran.stderr) == ("Hello, world!\n", "")
+
+
+async def test_engine_of_the_application_is_shared(database: TestDatabase, tmp_path: Path) -> None:
+    found = names("README.md", ENGINE, database.url, tmp_path)
+    queue: Queue = found["queue"]
+    assert await queue.add(double(1))
+    assert await queue.size() == 1
+    await queue.backend.disconnect()
+    async with found["engine"].connect():
+        pass
+    await found["engine"].dispose()
+
+
+async def test_router_serves_the_queues(database: TestDatabase, tmp_path: Path) -> None:
+    found = names("README.md", ROUTER, database.url, tmp_path)
+    app, backend = found["app"], found["backend"]
+    transport = httpx.ASGITransport(app)
+    async with app.router.lifespan_context(app):
+        await Queue(backend, "emails").add(double(1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+            assert (await client.get("/sheppy/queues")).json() == {"emails": 1}
+    assert not backend.is_connected
+
+
+@pytest.mark.posix
+async def test_worker_with_options_works_until_it_is_stopped(
+    database: TestDatabase, backend: SqlBackend, spawn: Spawner
+) -> None:
+    child = spawn.script(source("README.md", WORKER, database.url))
+    queue, number = Queue(backend, "reports"), double(21)
+    await queue.add(number)
+    finished = await queue.wait_for(number, timeout=60)
+    assert finished is not None
+    assert finished.result == 42
+    child.terminate()
+    assert child.wait() == 0, child.report()
+    assert child.stderr == ""
+
+
+async def test_two_roles_are_enough_and_the_statements_work(
+    private_server: Callable[..., PostgresServer], tmp_path: Path
+) -> None:
+    page, server = "docs/postgresql.md", private_server()
+    admin = await asyncpg.connect(server.url(driver=None))
+    await admin.execute(block(page, "CREATE ROLE", "sql"))
+    migrate.upgrade(server.url(user="app_owner"), schema="sheppy")
+
+    queue = Queue(names(page, ROLES, server.url(user="app"), tmp_path)["backend"], "emails")
+    number = double(1)
+    await queue.add(number)
+    [popped] = await queue.backend.pop("emails")
+    [claimed] = await admin.fetch(block(page, "'claimed'", "sql"))
+    assert (claimed["queue"], claimed["id"]) == ("emails", str(number.id))
+    assert f"-{os.getpid()}-" in claimed["owner"]
+
+    assert await queue.retry(number.id)
+    assert await queue.backend.pop("emails") == [popped]
+    done = {**popped, "status": "completed", "finished_at": "2030-01-01T00:00:00Z"}
+    await queue.backend.store_result("emails", done)
+    delete = block(page, "DELETE FROM", "sql")
+    assert await admin.execute(delete) == "DELETE 0"
+    await admin.execute("UPDATE sheppy.sheppy_results SET expires_at = now() - interval '1 day'")
+    assert await admin.execute(delete) == "DELETE 1"
+    assert await queue.clear() == 0
+    await queue.backend.disconnect()
+    position = migrate.current(server.url(user="app"), schema="sheppy")
+    assert position.version is not None
+    await admin.close()
+
+
+async def test_revisions_are_a_branch_of_the_applications_own(
+    empty_database: TestDatabase, tmp_path: Path
+) -> None:
+    page = "docs/postgresql.md"
+    settings = block(page, "version_locations", "ini")
+    ours = "sheppy_sql:migrations/versions"
+    # Only an installed package has them inside; the tests run on a source tree.
+    assert ours in settings
+    settings = settings.replace(ours, str(migrate.scripts() / "versions").replace("%", "%%"))
+    versions = tmp_path / "migrations" / "versions"
+    versions.mkdir(parents=True)
+    (tmp_path / "alembic.ini").write_text(
+        f"[alembic]\nscript_location = %(here)s/migrations\n{settings}", "utf-8"
+    )
+    (versions / "first.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\n"
+        "revision, down_revision, branch_labels = 'first', None, ('app',)\n"
+        "def upgrade(): op.create_table('users', sa.Column('id', sa.Integer, primary_key=True))\n",
+        "utf-8",
+    )
+    (versions.parent / "env.py").write_text(block(page, AUTOGENERATE) + ENVIRONMENT, "utf-8")
+
+    def alembic(*arguments: str) -> str:
+        command = (sys.executable, "-m", "alembic", *arguments)
+        return run(*command, directory=tmp_path, DATABASE_URL=empty_database.url).stdout
+
+    alembic("upgrade", "heads")
+    assert "No new upgrade operations detected" in alembic("check")
+    heads = await empty_database.fetch("SELECT version_num FROM alembic_version")
+    assert sorted(heads) == [("first",), ("sheppy_sql_0001",)]
+    assert migrate.current(empty_database.url) == (None, SCHEMA_VERSION)
+
+
+ENVIRONMENT = """
+import asyncio, os
+from alembic import context
+from sqlalchemy import Column, Integer, MetaData, Table
+from sqlalchemy.ext.asyncio import create_async_engine
+
+metadata = MetaData()
+Table("users", metadata, Column("id", Integer, primary_key=True))
+
+def migrate(connection):
+    context.configure(
+        connection=connection, target_metadata=metadata, include_name=include_name
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+async def main():
+    engine = create_async_engine(os.environ["DATABASE_URL"])
+    async with engine.connect() as connection:
+        await connection.run_sync(migrate)
+        await connection.commit()
+    await engine.dispose()
+
+asyncio.run(main())
+"""
+
+
+def test_options_table_is_the_signature_and_its_docstring() -> None:
+    parameters = [
+        parameter
+        for parameter in inspect.signature(SqlBackend).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    rows = table("README.md", "option")
+    assert [row[0] for row in rows] == [f"`{each.name}`" for each in parameters]
+    described = re.split(r"^ {4,}(\w+): ", inspect.getdoc(SqlBackend) or "", flags=re.MULTILINE)
+    said = dict(zip(described[1::2], described[2::2], strict=True))
+    for (_, default, _), parameter in zip(rows, parameters, strict=True):
+        literal, remark = re.fullmatch(r"`([^`]+)`(?: \((.+)\))?", default or "").groups()  # type: ignore[union-attr]  # a failure is one either way
+        value = ast.literal_eval(literal)
+        assert (value, type(value)) == (parameter.default, type(parameter.default))
+        stated = re.search(r"Default ([\d.]*\d(?: days| MiB)?)\.", said[parameter.name])
+        if stated:
+            assert stated[1] == remark or float(stated[1]) == value
+        else:
+            assert remark is None
+
+
+def test_variables_of_the_environment_are_read_somewhere() -> None:
+    package, host = Path(cli.__file__).parent, Path(sheppy.__file__).parent
+    text = "".join(path.read_text("utf-8") for p in (package, host) for path in p.rglob("*.py"))
+    named = {row[0].strip("`") for row in table("README.md", "variable")}
+    assert len(named) == 8
+    assert named == {name for name in named if f'"{name}"' in text}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        name, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", name):
+            continue
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text("utf-8")), target
+
+
+def anchors(text: str) -> set[str]:
+    """The names that headings get on GitHub."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page: str) -> None:
+    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+    for line in code(page):
+        assert set(re.findall(r"\bmake ([a-z]+)", line)) <= targets, line
+        for words in re.findall(r"\bsheppy-sql((?: [^\s`|;)\"]+)+)", line):
+            check_command(words.split())
+
+
+def check_command(words: list[str]) -> None:
+    """Fails unless the words begin with a command and name options that it has."""
+    host, ours = (typer.main.get_command(each) for each in (sheppy.cli.cli.app, cli.app))
+    assert isinstance(host, TyperGroup)
+    assert isinstance(ours, TyperGroup)
+    command: Any = TyperGroup(commands={**host.commands, **ours.commands})
+    command.params = ours.params
+    while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
+        name = words.pop(0)
+        assert name in command.commands, name
+        command = command.commands[name]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("-")} <= options, words
+
+
+@pytest.mark.usefixtures("no_defaults")
+@pytest.mark.parametrize("page", PAGES)
+def test_urls_are_accepted(page: str, tmp_path: Path) -> None:
+    root = tmp_path / "provider.pem"
+    CA().cert_pem.write_to_path(str(root))
+    for line in code(page):
+        for url in URL.findall(re.sub(r"(?<=sslrootcert=)/[^\s`]+", str(root), line)):
+            # Neither an example of a scheme alone, nor one with a variable in it.
+            if not re.search(r"://$|\.\.\.|\$", url):
+                _urls.parse(url)
+
+
+def test_commands_for_windows_are_those_that_run_there() -> None:
+    written = re.findall(r"^ +(\.venv\\.+)$", read("README.md"), re.MULTILINE)
+    workflow = read(".github/workflows/ci.yml")
+    assert len(written) == 3
+    assert [line for line in written if f"- run: {line}\n" in workflow] == written
