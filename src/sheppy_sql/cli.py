@@ -86,11 +86,14 @@ def demo(
     url: Annotated[
         str | None, typer.Option("--url", "-u", help="A database; else a temporary SQLite file")
     ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the demo's tasks in a database that was given")
+    ] = False,
 ) -> None:
     """Run tasks and see what becomes of them."""
     from .demo import run_demo
 
-    raise typer.Exit(run_demo(url))
+    raise typer.Exit(run_demo(url, keep=keep))
 
 
 @db.command()

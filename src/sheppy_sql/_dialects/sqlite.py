@@ -6,7 +6,6 @@ import contextlib
 import json
 import sqlite3
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sheppy import BackendError
@@ -40,8 +39,6 @@ class SQLite(Dialect):
         logs.hide_rows()
         logs.hide_parameters()
         memory = is_memory(target)
-        if not memory:
-            _check_folder(target)
         pool: dict[str, Any] = (
             # Every connection to :memory: is a database of its own.
             {"poolclass": StaticPool}
@@ -60,6 +57,7 @@ class SQLite(Dialect):
             logging_name=logs.ENGINE,
             **pool,
         )
+        event.listen(engine.sync_engine, "do_connect", _probe)
         event.listen(engine.sync_engine, "connect", _prepare)
         return engine
 
@@ -106,13 +104,13 @@ def is_memory(target: Target) -> bool:
     return mode == "memory" or database in {":memory:", "file::memory:"}
 
 
-def _check_folder(target: Target) -> None:
-    # aiosqlite's thread may outlive the event loop of a connection that fails.
-    path = Path(str(target.url.database).removeprefix("file:"))
-    if not path.parent.is_dir():
-        raise BackendError(f"Failed to connect: the folder {path.parent} is missing; create it")
-    if path.is_dir():
-        raise BackendError(f"Failed to connect: {path} is a folder; name a file in it")
+def _probe(_dialect: Any, _record: Any, arguments: Any, options: Any) -> None:
+    """Open the file once, so that one that cannot be opened fails here.
+
+    Where it fails in aiosqlite's thread, that thread may outlive the event loop.
+    """
+    understood = {name: options[name] for name in ("timeout", "uri") if name in options}
+    sqlite3.connect(*arguments, **understood).close()
 
 
 def _prepare(connection: Any, _record: Any) -> None:
