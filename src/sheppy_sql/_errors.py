@@ -41,8 +41,7 @@ _HINTS_BY_STATE = {
 # Python 3.10 has no sqlite_errorcode; SQLite's texts have been the same for decades.
 _HINTS_BY_TEXT = {
     "readonly database": "the database file is read-only: check its permissions",
-    "unable to open database file": "check that the path in the URL names a file, in a folder that "
-    "exists and can be written",
+    "unable to open database file": "check that its folder exists and can be written",
     "no such table": f"tables are missing: {UPGRADE_HINT}",
     "no such column": f"the tables are of another version: {UPGRADE_HINT}",
     "file is not a database": "the file is something else: check the path in the URL",

@@ -110,7 +110,10 @@ def _probe(_dialect: Any, _record: Any, arguments: Any, options: Any) -> None:
     Where it fails in aiosqlite's thread, that thread may outlive the event loop.
     """
     understood = {name: options[name] for name in ("timeout", "uri") if name in options}
-    sqlite3.connect(*arguments, **understood).close()
+    try:
+        sqlite3.connect(*arguments, **understood).close()
+    except sqlite3.OperationalError as error:
+        raise sqlite3.OperationalError(f"{error} ({arguments[0]})") from None
 
 
 def _prepare(connection: Any, _record: Any) -> None:
