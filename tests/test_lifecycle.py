@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import pickle
 import threading
-import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from sheppy_sql import SqlBackend
 from tests.support.databases import TestDatabase
+from tests.support.processes import Spawner
 
 MakeBackend = Callable[..., Awaitable[SqlBackend]]
 
@@ -51,15 +50,52 @@ async def test_backend_reconnects_in_a_second_event_loop(database: TestDatabase)
         # As the host's command line does: a loop each, and never a disconnect.
         return [asyncio.run(add("a")), asyncio.run(add("b"))]
 
-    # The connections of a closed loop go with it, and some drivers remark on that.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        assert await asyncio.to_thread(run_twice) == [1, 2]
-        assert not backend.is_connected
+    assert await asyncio.to_thread(run_twice) == [1, 2]
+    assert not backend.is_connected
+    await backend.connect()
+    assert await backend.size("q") == 2
+    await backend.disconnect()
+
+
+async def test_end_of_the_event_loop_hands_back_what_was_taken(
+    make_backend: MakeBackend, database: TestDatabase
+) -> None:
+    """A program that runs a worker by asyncio.run(), and never disconnects."""
+    watching = await make_backend()
+    await watching.append("q", [task("a"), task("b")])
+
+    async def work(turns: int) -> None:
+        backend = SqlBackend(database.url)
         await backend.connect()
-        assert await backend.size("q") == 2
-        await backend.disconnect()
-        gc.collect()
+        pop = asyncio.create_task(backend.pop("q", 2, timeout=5))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        pop.cancel()
+
+    for turns in range(0, 60, 5):
+        await asyncio.to_thread(asyncio.run, work(turns))
+        assert await watching.size("q") == 2, turns
+
+
+async def test_event_loop_that_is_closed_by_hand_does_not_matter(
+    database: TestDatabase, spawn: Spawner
+) -> None:
+    """Nothing can close such a loop's connections; a new loop gets new ones."""
+    source = """
+import asyncio, sys
+from sheppy_sql import SqlBackend
+
+backend = SqlBackend(sys.argv[1])
+for task_id in ("a", "b"):
+    loop = asyncio.new_event_loop()
+    assert not backend.is_connected
+    loop.run_until_complete(backend.connect())
+    loop.run_until_complete(backend.append("q", [{"id": task_id}]))
+    loop.close()
+"""
+    child = spawn.script(source, database.url)
+    assert await asyncio.to_thread(child.wait, 60) == 0
+    assert await database.fetch("SELECT id FROM sheppy_tasks ORDER BY id") == [("a",), ("b",)]
 
 
 async def test_backend_refuses_another_running_event_loop(backend: SqlBackend) -> None:

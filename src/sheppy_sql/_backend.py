@@ -100,7 +100,7 @@ class SqlBackend(Backend):
         """Close the connection; harmless where it is closed.
 
         Calls under way are finished first, and tasks that this instance has taken and not
-        stored go back into their queue.
+        stored go back into their queue. asyncio.run() does the same at its end.
         """
         session, self._session = self._session, None
         if session is None:

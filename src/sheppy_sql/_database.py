@@ -88,8 +88,8 @@ class Database:
 
     @property
     def is_usable(self) -> bool:
-        """False after a fork, or once its event loop is closed."""
-        return self._pid == os.getpid() and not self._loop.is_closed()
+        """False after a fork, and once it or its event loop is closed."""
+        return self._pid == os.getpid() and not self._closed and not self._loop.is_closed()
 
     def check_loop(self) -> None:
         """Raise BackendError in any event loop but the one that connected."""

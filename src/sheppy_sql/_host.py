@@ -16,7 +16,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -41,28 +41,12 @@ class UnknownHostError(Exception):
 
 
 class CommandBackend(SqlBackend):
-    """A SqlBackend whose tables the environment names, and which need not be disconnected."""
-
-    _ending: AsyncGenerator[None, None] | None = None
+    """A SqlBackend whose tables the environment names."""
 
     def __init__(self, url: str) -> None:
         names = migrate.names_from_environment()
         super().__init__(url, schema=names.schema, table_prefix=names.prefix)
         self._given = url
-
-    async def connect(self) -> None:
-        """Also has asyncio.run() disconnect, as it closes what generators are left open."""
-        await super().connect()
-        if self._ending is None:
-            self._ending = self._disconnect_at_end()
-            await anext(self._ending)
-
-    async def _disconnect_at_end(self) -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            self._ending = None
-            await self.disconnect()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _in_reloaded_process, (self._given,)

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import uuid
+from collections.abc import AsyncGenerator
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ logger = logging.getLogger("sheppy_sql")
 
 CLOCK_TOLERANCE = 2.0  # seconds
 
+_abandoned: list[AsyncGenerator[None, None]] = []
+
 
 class Session:
     """One connected backend: its database, and the parts that work on it."""
@@ -57,6 +60,7 @@ class Session:
         self.definitions = Definitions(database, options)
         self.limiter = Limiter(database)
         self._owns_engine = owns_engine
+        self._end = self._until_end()
 
     @classmethod
     async def open(
@@ -88,19 +92,35 @@ class Session:
                 "from here start that much off; synchronise the clocks",
                 abs(offset),
             )
-        return cls(database, installation, claims, options, owns_engine=ours)
+        session = cls(database, installation, claims, options, owns_engine=ours)
+        await anext(session._end)
+        return session
 
     async def close(self) -> None:
         """Finish what is under way, hand back what is claimed, then leave the database."""
-        await self.consumer.close()
-        await self.database.close()
-        if self._owns_engine:
-            await self.database.engine.dispose()
+        await self._end.aclose()
 
     def abandon(self) -> None:
         """Leave without a word: the event loop is closed, or the sockets are the parent's."""
         if self._owns_engine:
             self.database.engine.sync_engine.dispose(close=False)
+        # Never finalised: the generator's end would signal the parent's event loop.
+        _abandoned.append(self._end)
+
+    async def _until_end(self) -> AsyncGenerator[None, None]:
+        """Closes the session when it is closed itself, by whomever.
+
+        asyncio.run() closes the generators that are still open when all else has
+        ended. The host's worker cancels its pop, awaits it no more and never
+        disconnects: this is where what that pop took goes back.
+        """
+        try:
+            yield
+        finally:
+            await self.consumer.close()
+            await self.database.close()
+            if self._owns_engine:
+                await self.database.engine.dispose()
 
 
 def _engine(url: str | URL, options: Options) -> AsyncEngine:

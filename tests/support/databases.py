@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import importlib
 import itertools
 import secrets
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,9 +132,14 @@ def docker_answers() -> bool:
         requests = importlib.import_module("requests")
     except ImportError:
         return False
-    try:
-        client = docker.from_env(timeout=5)
-    except docker.errors.DockerException:
+    client = None
+    # Without a daemon the client is left half-made, and its socket is closed as garbage.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        with contextlib.suppress(docker.errors.DockerException):
+            client = docker.from_env(timeout=5)
+        gc.collect()
+    if client is None:
         return False
     with contextlib.closing(client):
         try:
