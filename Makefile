@@ -10,6 +10,7 @@
 PYTHON ?=
 PYTEST_ARGS ?=
 MATRIX_ARGS ?=
+PYTEST_WORKERS ?= 2
 # Only from the command line: an unrelated URL in the environment must not choose the database.
 ifneq ($(origin URL),command line)
 URL =
@@ -28,9 +29,9 @@ demo:  ## run the demo on SQLite, or on a server: make demo URL=postgresql+async
 
 test:  ## run the tests, against SQLite and PostgreSQL
 	$(VENV) test
-	$(BIN)/python -m pytest -m "not torture and not system" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not torture and not system" $(PYTEST_ARGS)
 
-torture:  ## run the tests that kill processes, cut connections and race
+torture:  ## run the long tests: many tasks, killed processes, the wheel in a fresh environment
 	$(VENV) test
 	$(BIN)/python -m pytest -m torture $(PYTEST_ARGS)
 

@@ -142,6 +142,7 @@ def test_demo_without_a_database_leaves_a_file_to_look_at(
     assert tmp_path in Path(file).parents
 
 
+@pytest.mark.torture
 def test_demo_fails_where_a_result_goes_missing(
     sqlite_database: TestDatabase, spawn: Spawner, tree: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_demo_fails_where_a_result_goes_missing(
     assert "package/module_3.py" in demo.stderr
 
 
+@pytest.mark.torture
 def test_demo_fails_where_a_task_does(
     sqlite_database: TestDatabase, spawn: Spawner, tree: Path
 ) -> None:
@@ -171,6 +173,7 @@ def test_demo_fails_where_a_task_does(
     ]
 
 
+@pytest.mark.torture
 def test_demo_fails_where_a_worker_is_killed(
     sqlite_database: TestDatabase, spawn: Spawner, tree: Path
 ) -> None:
@@ -183,6 +186,7 @@ def test_demo_fails_where_a_worker_is_killed(
     assert have_ended([other])
 
 
+@pytest.mark.torture
 @pytest.mark.posix
 async def test_demo_stopped_by_ctrl_c_leaves_nothing(
     database: TestDatabase, spawn: Spawner, tree: Path
@@ -197,6 +201,7 @@ async def test_demo_stopped_by_ctrl_c_leaves_nothing(
     assert await left(database) == []
 
 
+@pytest.mark.torture
 @pytest.mark.posix
 async def test_demo_that_is_terminated_leaves_nothing(
     sqlite_database: TestDatabase, spawn: Spawner, tree: Path
@@ -210,6 +215,7 @@ async def test_demo_that_is_terminated_leaves_nothing(
     assert await left(sqlite_database) == []
 
 
+@pytest.mark.torture
 def test_workers_end_with_a_demo_that_is_killed(
     sqlite_database: TestDatabase, spawn: Spawner, tree: Path
 ) -> None:

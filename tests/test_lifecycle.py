@@ -58,23 +58,30 @@ async def test_backend_reconnects_in_a_second_event_loop(database: TestDatabase)
 
 
 async def test_end_of_the_event_loop_hands_back_what_was_taken(
-    make_backend: MakeBackend, database: TestDatabase
+    backend: SqlBackend, database: TestDatabase, spawn: Spawner
 ) -> None:
     """A program that runs a worker by asyncio.run(), and never disconnects."""
-    watching = await make_backend()
-    await watching.append("q", [task("a"), task("b")])
+    source = """
+import asyncio, sys
+from sheppy_sql import SqlBackend
 
-    async def work(turns: int) -> None:
-        backend = SqlBackend(database.url)
-        await backend.connect()
-        pop = asyncio.create_task(backend.pop("q", 2, timeout=5))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        pop.cancel()
+async def work(turns):
+    backend = SqlBackend(sys.argv[1])
+    await backend.connect()
+    pop = asyncio.create_task(backend.pop("q", 2, timeout=5))
+    # At another await each time: between two turns of the loop.
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    pop.cancel()
+    return await backend.size("q") if turns % 8 else None
 
-    for turns in range(0, 60, 5):
-        await asyncio.to_thread(asyncio.run, work(turns))
-        assert await watching.size("q") == 2, turns
+for turns in range(0, 60, 4):
+    asyncio.run(work(turns))
+"""
+    await backend.append("q", [task("a"), task("b")])
+    child = spawn.script(source, database.url)
+    assert await asyncio.to_thread(child.wait, 60) == 0
+    assert [taken["id"] for taken in await backend.pop("q", 5)] == ["a", "b"]
 
 
 async def test_event_loop_that_is_closed_by_hand_does_not_matter(

@@ -14,7 +14,8 @@ import pytest
 from sheppy_sql import migrate
 from tests.support.databases import TestDatabase
 
-pytestmark = pytest.mark.timeout(600)  # seconds; packages may have to be downloaded
+# Seconds; packages may have to be downloaded.
+pytestmark = [pytest.mark.torture, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[1]
 PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
