@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from sheppy import BackendError
-from sqlalchemy import event
+from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sheppy_sql import SqlBackend
@@ -191,6 +191,74 @@ async def test_isolation_level_of_the_applications_engine_does_not_matter(
     assert sorted(int(t["id"]) for some in taken for t in some) == list(range(20))
     await backend.disconnect()
     await engine.dispose()
+
+
+async def test_two_backends_share_an_engine_in_memory() -> None:
+    """Its only connection is in one transaction at a time."""
+    engine = create_async_engine("sqlite+aiosqlite://")
+    one, other = SqlBackend(engine), SqlBackend(engine)
+    await one.connect()
+    await other.connect()
+    added = await asyncio.gather(
+        *((one, other)[n % 2].append("q", [task(str(n))]) for n in range(20))
+    )
+    assert added == [[True]] * 20
+    assert await other.size("q") == 20
+    await one.disconnect()
+    await other.disconnect()
+    await engine.dispose()
+
+
+async def test_sqlite_engine_with_the_recommended_listeners_works(
+    sqlite_database: TestDatabase,
+) -> None:
+    engine = create_async_engine(sqlite_database.url)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def leave_transactions_to_sqlalchemy(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    backend = SqlBackend(engine)
+    await backend.connect()
+    assert await backend.append("q", [task("a")]) == [True]
+    assert [taken["id"] for taken in await backend.pop("q")] == ["a"]
+    await backend.disconnect()
+    await engine.dispose()
+
+
+async def test_cancelled_disconnect_goes_on(
+    postgres_database: TestDatabase,
+) -> None:
+    backend, watching = SqlBackend(postgres_database.url), SqlBackend(postgres_database.url)
+    await backend.connect()
+    await watching.connect()
+    await backend.append("q", [task("a")])
+    await backend.pop("q")
+    blocking = create_async_engine(postgres_database.url)
+    async with blocking.connect() as connection:
+        await connection.execute(text("LOCK TABLE sheppy_results"))
+        blocked = asyncio.create_task(backend.get_tasks("q", ["a"]))
+        while (  # noqa: ASYNC110  # an event in another program
+            await postgres_database.fetch(
+                "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                " AND datname = current_database()"
+            )
+            == []
+        ):
+            await asyncio.sleep(0.01)
+        leaving = asyncio.create_task(backend.disconnect())
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+    await blocking.dispose()
+    assert [taken["id"] for taken in await watching.pop("q", timeout=20)] == ["a"]
+    assert list(await blocked) == ["a"]
+    await watching.disconnect()
 
 
 async def test_engine_of_another_driver_is_refused() -> None:

@@ -102,14 +102,15 @@ class SqlBackend(Backend):
         Calls under way are finished first, and tasks that this instance has taken and not
         stored go back into their queue. asyncio.run() does the same at its end.
         """
-        session, self._session = self._session, None
-        if session is None:
-            return
-        if session.database.is_usable:
-            session.database.check_loop()
-            await session.close()
-        else:
-            session.abandon()
+        async with self._connect_lock():
+            session = self._session
+            if session is not None and session.database.is_usable:
+                session.database.check_loop()
+                self._session = None
+                await session.close()
+            elif session is not None:
+                self._session = None
+                session.abandon()
 
     @property
     def is_connected(self) -> bool:

@@ -20,7 +20,7 @@ class Claims:
 
     def take(self, queue: str, task_ids: Iterable[str], token: int) -> None:
         for task_id in task_ids:
-            self.end(queue, task_id)
+            self._lost.pop((queue, task_id), None)
             self._held[queue, task_id] = token
 
     def token(self, queue: str, task_id: str) -> int | None:
@@ -28,22 +28,26 @@ class Claims:
         key = (queue, task_id)
         return self._held.get(key, self._lost.get(key))
 
-    def end(self, queue: str, task_id: str) -> None:
-        """Forget a claim: its task is stored, or stored anew."""
-        self._held.pop((queue, task_id), None)
-        self._lost.pop((queue, task_id), None)
+    def end(self, queue: str, task_id: str, token: int | None) -> None:
+        """Forget a claim, its task being stored, unless the task was taken anew meanwhile."""
+        for claims in (self._held, self._lost):
+            if claims.get((queue, task_id)) == token:
+                claims.pop((queue, task_id), None)
 
-    def lose(self, queue: str, task_id: str) -> None:
+    def lose(self, queue: str, task_id: str, token: int | None) -> None:
         """Keep a claim's token only to refuse what still comes of it."""
-        token = self._held.pop((queue, task_id), None)
-        if token is not None:
-            self._lost[queue, task_id] = token
+        if token is not None and self._held.get((queue, task_id)) == token:
+            self._lost[queue, task_id] = self._held.pop((queue, task_id))
         if len(self._lost) > MOST_LOST:
             del self._lost[next(iter(self._lost))]
 
     def lose_all(self) -> None:
-        for queue, task_id in list(self._held):
-            self.lose(queue, task_id)
+        for (queue, task_id), token in list(self._held.items()):
+            self.lose(queue, task_id, token)
+
+    @property
+    def any_held(self) -> bool:
+        return bool(self._held)
 
     def holds_elsewhere(self, queue: str, task_id: str) -> bool:
         """Whether a task of that id was taken from another queue, and not from this one."""

@@ -46,6 +46,7 @@ class Consumer:
         self._options = options
         self._owner = owner
         self._claims = claims
+        self._unheard: set[int] = set()  # tokens of claims whose outcome nobody has seen
         self._closed = False
 
     async def pop(self, queue: str, limit: int, timeout: float | None) -> list[Payload]:
@@ -86,9 +87,9 @@ class Consumer:
             )
         if not stored:
             logger.warning("Task %s was taken over or cleared: its result is dropped", row.id)
-            self._claims.lose(queue, row.id)
+            self._claims.lose(queue, row.id, token)
             return True
-        self._claims.end(queue, row.id)
+        self._claims.end(queue, row.id, token)
         if task["finished_at"]:
             self._wakeups.wake([_wakeups.finished(queue, row.id)])
         return True
@@ -102,15 +103,16 @@ class Consumer:
         held = {task_id: token for task_id, token in tokens.items() if token is not None}
         if held:
             await self._database.write("acknowledge tasks", claim_store.end, queue, held)
-        for task_id in held:
-            self._claims.end(queue, task_id)
+        for task_id, token in held.items():
+            self._claims.end(queue, task_id, token)
 
     async def close(self) -> None:
         """Hand back what this instance still holds; whoever waits for tasks gets an error."""
         self._closed = True
         # A cancelled pop may have claimed and not yet have come to hear of it.
         await self._database.drain()
-        await self._hand_back(None)
+        if self._claims.any_held or self._unheard:
+            await self._hand_back(None)
         self._claims.lose_all()
 
     async def _claim(self, queue: str, limit: int) -> list[Payload] | None:
@@ -121,6 +123,7 @@ class Consumer:
         ):
             return None
         token = new_token()
+        self._unheard.add(token)
         claim = self._database.start(
             "take tasks", claim_store.claim, queue, limit, self._owner, token
         )
@@ -131,6 +134,7 @@ class Consumer:
             # whoever cancelled once may do it again.
             await asyncio.wait([asyncio.create_task(self._hand_back_after(claim, token))])
             raise
+        self._unheard.discard(token)
         self._claims.take(queue, [task_id for task_id, _ in claimed], token)
         return [decode(text) for _, text in claimed] or None
 
@@ -152,6 +156,8 @@ class Consumer:
             # The cancellation or the disconnect that brought us here must pass all the same.
             logger.warning("Tasks of %s may stay claimed: %s", self._owner, error)
         else:
+            if token is not None:
+                self._unheard.discard(token)
             self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
 
 

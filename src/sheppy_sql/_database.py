@@ -7,12 +7,14 @@ import contextlib
 import os
 import random
 import secrets
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sheppy import BackendError
+from sqlalchemy import Engine
 from sqlalchemy.pool import StaticPool
 
 from ._errors import Fault, backend_error, fault, is_driver_error
@@ -62,6 +64,10 @@ class Transaction:
         await self.connection.execute(statement)
 
 
+_locks: weakref.WeakKeyDictionary[Engine, tuple[asyncio.AbstractEventLoop, asyncio.Lock]] = (
+    weakref.WeakKeyDictionary()
+)
+
 Operation = Callable[Concatenate[Transaction, P], Awaitable[T]]
 
 
@@ -77,7 +83,7 @@ class Database:
         self._running: set[asyncio.Task[Any]] = set()
         self._closed = False
         # Waiting here is fair, waiting for SQLite's own lock is not.
-        one_at_a_time = asyncio.Lock()
+        one_at_a_time = _turns(engine, self._loop)
         at_will = contextlib.nullcontext()
         self._write_turn: AbstractAsyncContextManager[Any] = (
             one_at_a_time if dialect.embedded else at_will
@@ -181,3 +187,12 @@ class Database:
                 return outcome
 
         return attempt
+
+
+def _turns(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
+    """The engine's own lock: two backends on one in-memory engine share its only connection."""
+    made_in, lock = _locks.get(engine.sync_engine, (None, None))
+    if made_in is not loop or lock is None:
+        lock = asyncio.Lock()
+        _locks[engine.sync_engine] = (loop, lock)
+    return lock

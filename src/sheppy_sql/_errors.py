@@ -73,6 +73,9 @@ def is_driver_error(error: BaseException) -> bool:
 def backend_error(action: str, error: BaseException) -> BackendError:
     """`Failed to <action>: <what the driver said>; <what to do>`, without any payload."""
     root = _root(error)
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        # What the driver says of a broken connection speaks of its own insides.
+        return BackendError(f"Failed to {action}: the connection to the database was lost")
     said = _said(root)
     hint = _hint(root)
     return BackendError(f"Failed to {action}: {said}{f'; {hint}' if hint else ''}")

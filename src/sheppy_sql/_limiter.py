@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ._database import Database
 
 FIXED_WINDOW = "fixed_window"
+LONGEST_PERIOD = 100 * 365 * 86_400.0  # seconds
 
 
 class Limiter:
@@ -34,8 +35,10 @@ class Limiter:
         check_key(task_id, "task id")
         if check_count(max_rate, "max_rate") <= 0:
             raise ValueError("max_rate must be at least 1")
-        if not 0 < check_number(rate_period, "rate_period") <= timedelta.max.total_seconds() / 1000:
-            raise ValueError("rate_period must be a positive number of seconds")
+        if not 0 < check_number(rate_period, "rate_period") <= LONGEST_PERIOD:
+            raise ValueError(
+                f"rate_period must be a positive number of seconds, at most {LONGEST_PERIOD:g}"
+            )
         return await self._database.write(
             "acquire a rate limit",
             rate_limit_store.acquire,

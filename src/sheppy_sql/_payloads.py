@@ -16,6 +16,9 @@ from ._validation import check_key
 Payload = dict[str, Any]
 
 LABEL_LENGTH = 200
+MAX_NESTING = 500
+"""Half of what Python's parser follows from a short stack: whoever reads may have a longer one."""
+
 FAILURES = frozenset({"failed", "crashed", "cancelled"})
 
 
@@ -39,6 +42,8 @@ def encode(payload: Payload, what: str, max_bytes: int) -> str:
     # RecursionError: nested deeper than the interpreter can follow, or into itself.
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON: {_reason(error)}") from None
+    if encoded.count("[") + encoded.count("{") > MAX_NESTING and _nesting(payload) > MAX_NESTING:
+        raise ValueError(f"{what} is not JSON: {_reason(RecursionError())}")
     if len(encoded) > max_bytes:
         raise ValueError(
             f"{what} has {len(encoded)} bytes as JSON; max_payload_bytes allows {max_bytes}"
@@ -78,6 +83,19 @@ def moment(value: object) -> datetime | None:
         return None
 
 
+def _nesting(payload: Payload) -> int:
+    """How deep the deepest value stands; without recursion."""
+    depth = 0
+    level: list[Any] = [payload]
+    while level:
+        depth += 1
+        inner: list[Any] = []
+        for value in level:
+            inner += value.values() if isinstance(value, dict) else value
+        level = [value for value in inner if isinstance(value, (dict, list, tuple))]
+    return depth
+
+
 def _label(value: object) -> str | None:
     """Never fails a write, whatever it is given."""
     if not isinstance(value, str):
@@ -87,5 +105,5 @@ def _label(value: object) -> str | None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "it is nested too deeply"
+        return f"it is nested too deeply, {MAX_NESTING} levels are allowed"
     return str(error) if isinstance(error, TypeError) else "it holds a value that JSON cannot write"

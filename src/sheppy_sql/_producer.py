@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import _wakeups
 from ._database import new_token
@@ -37,6 +37,14 @@ class Lease:
         Anything else is somebody's retry, which must not depend on a lease.
         """
         return json.dumps({**decode(self.payload), "status": "pending"}) == row.payload
+
+
+class Held(NamedTuple):
+    """What an instance holds of a task: the token of a claim, a lease, or neither."""
+
+    task_id: str
+    claim: int | None
+    lease: Lease | None
 
 
 class Producer:
@@ -73,11 +81,12 @@ class Producer:
             "look for a task", task_store.exists, queue, row.id
         ):
             return False
+        held = self._held(queue, [row])
         scheduled = await self._database.write(
             "schedule a task", self._schedule, queue, row, run_at, unique
         )
         if not unique:
-            self._supersede(queue, [row])
+            self._supersede(queue, held)
         self._known_queues.add(queue)
         return scheduled
 
@@ -120,16 +129,25 @@ class Producer:
             for row in latest.values()
             if (lease := self._leases.get((queue, row.id))) and lease.is_kept_by(row)
         }
+        held = self._held(queue, latest.values())
         await self._database.write("append tasks", self._put, queue, list(latest.values()), leases)
-        self._supersede(queue, latest.values())
+        self._supersede(queue, held)
         self._known_queues.add(queue)
         self._wakeups.wake([_wakeups.pending(queue)])
 
-    def _supersede(self, queue: str, rows: Iterable[TaskRow]) -> None:
-        """Forget what this instance held of tasks that are stored anew."""
-        for row in rows:
-            self._leases.pop((queue, row.id), None)
-            self._claims.end(queue, row.id)
+    def _held(self, queue: str, rows: Iterable[TaskRow]) -> list[Held]:
+        """What this instance holds of tasks now, before they are stored anew."""
+        return [
+            Held(row.id, self._claims.token(queue, row.id), self._leases.get((queue, row.id)))
+            for row in rows
+        ]
+
+    def _supersede(self, queue: str, before: Iterable[Held]) -> None:
+        """Forget it, but not what was taken since."""
+        for held in before:
+            self._claims.end(queue, held.task_id, held.claim)
+            if self._leases.get((queue, held.task_id)) is held.lease:
+                self._leases.pop((queue, held.task_id), None)
 
     async def _add(self, tx: Transaction, queue: str, rows: Sequence[TaskRow]) -> set[str]:
         await self._register(tx, queue)

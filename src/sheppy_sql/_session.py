@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -61,6 +62,7 @@ class Session:
         self.limiter = Limiter(database)
         self._owns_engine = owns_engine
         self._end = self._until_end()
+        self._closing: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(
@@ -97,8 +99,13 @@ class Session:
         return session
 
     async def close(self) -> None:
-        """Finish what is under way, hand back what is claimed, then leave the database."""
-        await self._end.aclose()
+        """Finish what is under way, hand back what is claimed, then leave the database.
+
+        Goes on where its caller is cancelled.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._end.aclose())
+        await asyncio.shield(self._closing)
 
     def abandon(self) -> None:
         """Leave without a word: the event loop is closed, or the sockets are the parent's."""
@@ -117,10 +124,12 @@ class Session:
         try:
             yield
         finally:
-            await self.consumer.close()
-            await self.database.close()
-            if self._owns_engine:
-                await self.database.engine.dispose()
+            try:
+                await self.consumer.close()
+                await self.database.close()
+            finally:
+                if self._owns_engine:
+                    await self.database.engine.dispose()
 
 
 def _engine(url: str | URL, options: Options) -> AsyncEngine:

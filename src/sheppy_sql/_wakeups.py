@@ -7,6 +7,7 @@ rarely. Signals between processes (LISTEN) will arrive here as well.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import random
@@ -83,8 +84,8 @@ class Waiter:
 
     def wake(self, topic: Topic) -> None:
         """Callable from any thread."""
-        # Where the loop is closed, nobody waits any longer.
-        if not self._loop.is_closed():
+        # RuntimeError: the loop is closed, and nobody waits any longer.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._signal, topic)
 
     def take_signals(self) -> set[Topic]:

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -170,6 +171,10 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, **own, **(extra or {})}
 
 
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Child:
     """A running Python process whose output is kept in files."""
 
@@ -186,6 +191,8 @@ class Child:
                 stderr=err,
                 start_new_session=True,
                 creationflags=OWN_GROUP,
+                # Whoever runs the tests in the background has them ignore SIGINT.
+                preexec_fn=heed_interrupts if os.name == "posix" else None,
             )
 
     @property

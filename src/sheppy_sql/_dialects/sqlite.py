@@ -75,8 +75,14 @@ class SQLite(Dialect):
         # The driver's own BEGIN would be a deferred one, whose upgrade to a write
         # lock fails at once where another writer came in between.
         await connection.execution_options(isolation_level="AUTOCOMMIT", schema_translate_map=None)
-        if write:
-            await connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if not write:
+            return
+        await connection.begin()
+        raw = await connection.get_raw_connection()
+        if raw.driver_connection is not None and raw.driver_connection.in_transaction:
+            # The application's engine has a listener that begins, as SQLAlchemy recommends.
+            await connection.exec_driver_sql("ROLLBACK")
+        await connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
         # The same machine's clock, and finer than SQLite's own milliseconds.

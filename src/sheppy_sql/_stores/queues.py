@@ -69,13 +69,14 @@ async def clear(tx: Transaction, queue: str) -> int:
     await tx.rows(locked.order_by(tables.tasks.c.id).with_for_update())
     removed = await tx.count(delete(tables.tasks).where(tables.tasks.c.queue == queue))
     removed += int(await tx.scalar(finished))
-    for table in (
-        tables.results,
-        tables.scheduled_tasks,
-        tables.rate_limits,
-        tables.rate_limit_entries,
-    ):
+    for table in (tables.results, tables.rate_limits, tables.rate_limit_entries):
         await tx.execute(delete(table).where(table.c.queue == queue))
+    # Only what has no task: one may have been scheduled since the tasks were deleted.
+    scheduled = tables.scheduled_tasks
+    has_task = select(1).where(
+        tables.tasks.c.queue == scheduled.c.queue, tables.tasks.c.id == scheduled.c.task_id
+    )
+    await tx.execute(delete(scheduled).where(scheduled.c.queue == queue, ~has_task.exists()))
     removed += await tx.count(delete(tables.crons).where(tables.crons.c.queue == queue))
     await tx.execute(delete(tables.queues).where(tables.queues.c.name == queue))
     return removed

@@ -47,9 +47,11 @@ async def _lock(tx: Transaction, queue: str, key: str) -> Any:
     """The limiter's row, made if need be; it is the limiter's lock."""
     limits = tx.tables.rate_limits
     made = tx.dialect.insert(limits).values(queue=queue, key=key, window_count=0)
-    await tx.execute(made.on_conflict_do_nothing())
-    mine = select(limits).where(limits.c.queue == queue, limits.c.key == key)
-    return (await tx.rows(mine.with_for_update()))[0]
+    # One statement: between two, a clear might delete the row.
+    locked = made.on_conflict_do_update(
+        index_elements=[limits.c.queue, limits.c.key], set_={"key": made.excluded.key}
+    )
+    return (await tx.rows(locked.returning(*limits.c)))[0]
 
 
 async def _now(tx: Transaction) -> datetime:
