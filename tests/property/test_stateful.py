@@ -9,6 +9,7 @@ import asyncio
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
@@ -228,5 +229,6 @@ class QueueMachine(Machine):
 
 
 @needs_time
+@pytest.mark.torture
 def test_two_backends_do_with_tasks_what_the_model_does(database: TestDatabase) -> None:
     run_machine(QueueMachine, database, LEAST_RULES)
