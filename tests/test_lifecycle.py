@@ -357,3 +357,15 @@ async def test_backends_in_two_threads_wake_each_other(database: TestDatabase) -
     await producer.append("q", [task("a")])
     assert [t["id"] for t in await asyncio.wait_for(consumer, 10)] == ["a"]
     await producer.disconnect()
+
+
+async def test_server_that_is_too_old_is_refused(
+    database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sheppy_sql._dialects.postgresql.OLDEST_VERSION", 99)
+    monkeypatch.setattr("sheppy_sql._dialects.sqlite.OLDEST_VERSION", (99, 0, 0))
+    backend = SqlBackend(database.url)
+    with pytest.raises(BackendError, match="too old") as refused:
+        await backend.connect()
+    assert "99" in str(refused.value)
+    assert not backend.is_connected
