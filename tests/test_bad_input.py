@@ -229,7 +229,7 @@ def test_wrong_url_is_refused(url: Any) -> None:
 
 def test_unknown_option_is_refused() -> None:
     with pytest.raises(TypeError, match="timeout"):
-        SqlBackend("sqlite+aiosqlite:///never-made.db", timeout=5)  # type: ignore[call-arg]
+        SqlBackend("sqlite+aiosqlite:///never-made.db", timeout=5)  # type: ignore[call-arg]  # the mistake
 
 
 async def test_no_log_record_holds_a_payload(

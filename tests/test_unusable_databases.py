@@ -30,7 +30,7 @@ UPGRADE = "sheppy-sql db upgrade"
 
 async def refusal(url: str, **options: object) -> str:
     """What connect() says, which must be one line and hold no password."""
-    backend = SqlBackend(url, **options)  # type: ignore[arg-type]
+    backend = SqlBackend(url, **options)  # type: ignore[arg-type]  # options by name
     with pytest.raises(BackendError) as caught:
         await asyncio.wait_for(backend.connect(), 30)
     assert backend.is_connected is False
