@@ -214,7 +214,7 @@ async def test_revisions_are_a_branch_of_the_applications_own(
     alembic("upgrade", "heads")
     assert "No new upgrade operations detected" in alembic("check")
     heads = await empty_database.fetch("SELECT version_num FROM alembic_version")
-    assert sorted(heads) == [("first",), ("sheppy_sql_0001",)]
+    assert sorted(heads) == [("first",), ("sheppy_sql_0002",)]
     assert migrate.current(empty_database.url) == (None, SCHEMA_VERSION)
 
 

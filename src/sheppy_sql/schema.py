@@ -29,7 +29,7 @@ from sqlalchemy.types import TypeDecorator
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """The schema this code needs; every migration stamps its own number into the `schema` table."""
 
 DEFAULT_PREFIX = "sheppy_"
@@ -101,6 +101,9 @@ class Tables:
     rate_limits: Table
     rate_limit_entries: Table
     queues: Table
+    consumers: Table
+    receipts: Table
+    chores: Table
     schema: Table
     positions: Sequence
 
@@ -141,6 +144,9 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             Column("func", Text),
             Column("status", Text),
             Column("created_at", Timestamp),
+            # How often a worker died that had taken the task; from the first time on it is
+            # taken alone.
+            Column("crashes", Integer, nullable=False, server_default=text("0")),
             # SQLite's covers every state: it also gives the last position taken.
             index("tasks_pending", "queue", "position", postgresql="state = 'pending'"),
             index(
@@ -149,6 +155,14 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
                 "claim_token",
                 postgresql="state = 'claimed'",
                 sqlite="state = 'claimed'",
+            ),
+            # All but empty: whether there are any is asked every few seconds.
+            index(
+                "tasks_suspect",
+                "queue",
+                "position",
+                postgresql="state = 'pending' AND crashes > 0",
+                sqlite="state = 'pending' AND crashes > 0",
             ),
         ),
         scheduled_tasks=table(
@@ -195,6 +209,7 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             Column("payload", Text, nullable=False),
             Column("finished", Boolean, nullable=False),
             Column("created_at", Timestamp, nullable=False),
+            Column("updated_at", Timestamp),
             index(
                 "workflows_unfinished", "queue", postgresql="NOT finished", sqlite="NOT finished"
             ),
@@ -216,6 +231,35 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             key("task_id"),
         ),
         queues=table("queues", Column("name", Key, primary_key=True)),
+        # A backend instance that takes tasks. Only its own heartbeat writes to the row.
+        consumers=table(
+            "consumers",
+            key("id"),
+            Column("heartbeat_at", Timestamp, nullable=False),
+            # When it counts as dead, unless it beats again before.
+            Column("expires_at", Timestamp, nullable=False),
+            Column("loop_turned_at", Timestamp),
+            Column("on_crash", Text, nullable=False),
+            Column("max_crashes", Integer, nullable=False),
+            # What tells a process from every other one of its machine, by which its death
+            # shows at once; null where the system cannot tell.
+            Column("hostname", Text),
+            Column("boot_id", Text),
+            Column("pid_namespace", Text),
+            Column("pid", Integer),
+            Column("process_started", Text),
+        ),
+        # What a rare call answered, so that it answers the same again where the first
+        # answer was lost.
+        receipts=table(
+            "receipts",
+            Column("token", BigInteger, primary_key=True, autoincrement=False),
+            Column("answer", Text, nullable=False),
+            Column("created_at", Timestamp, nullable=False),
+            index("receipts_age", "created_at"),
+        ),
+        # What one instance at a time does now and then: whoever finds it due takes it.
+        chores=table("chores", key("name"), Column("due_at", Timestamp, nullable=False)),
         schema=table(
             "schema",
             Column("id", Integer, primary_key=True, autoincrement=False),

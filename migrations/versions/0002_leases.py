@@ -1,0 +1,95 @@
+"""Leases, receipts and chores."""
+
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import op
+
+from sheppy_sql.migrate import names_in_use
+
+revision = "sheppy_sql_0002"
+down_revision = "sheppy_sql_0001"
+branch_labels = None
+depends_on = None
+
+VERSION = 2
+OLDEST_CODE = 1
+"""Older code leaves the new columns to their defaults, and its claims to their age."""
+
+TABLES = ("consumers", "receipts", "chores")
+
+
+def key(name: str) -> sa.Column[Any]:
+    collated = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+    return sa.Column(name, collated, nullable=False)
+
+
+def moment(name: str, *, nullable: bool = True) -> sa.Column[Any]:
+    kind = sa.DateTime(timezone=True).with_variant(sa.Text(), "sqlite")
+    return sa.Column(name, kind, nullable=nullable)
+
+
+def upgrade() -> None:
+    schema, prefix = names_in_use()
+
+    def create(name: str, *columns: sa.Column[Any], primary_key: str) -> None:
+        constraint = sa.PrimaryKeyConstraint(primary_key, name=f"{prefix}{name}_pkey")
+        op.create_table(prefix + name, *columns, constraint, schema=schema)
+
+    op.add_column(
+        f"{prefix}tasks",
+        sa.Column("crashes", sa.Integer, nullable=False, server_default=sa.text("0")),
+        schema=schema,
+    )
+    suspect = sa.text("state = 'pending' AND crashes > 0")
+    op.create_index(
+        f"{prefix}tasks_suspect",
+        f"{prefix}tasks",
+        ["queue", "position"],
+        schema=schema,
+        postgresql_where=suspect,
+        sqlite_where=suspect,
+    )
+    op.add_column(f"{prefix}workflows", moment("updated_at"), schema=schema)
+    create(
+        "consumers",
+        key("id"),
+        moment("heartbeat_at", nullable=False),
+        moment("expires_at", nullable=False),
+        moment("loop_turned_at"),
+        sa.Column("on_crash", sa.Text, nullable=False),
+        sa.Column("max_crashes", sa.Integer, nullable=False),
+        sa.Column("hostname", sa.Text),
+        sa.Column("boot_id", sa.Text),
+        sa.Column("pid_namespace", sa.Text),
+        sa.Column("pid", sa.Integer),
+        sa.Column("process_started", sa.Text),
+        primary_key="id",
+    )
+    create(
+        "receipts",
+        sa.Column("token", sa.BigInteger, nullable=False, autoincrement=False),
+        sa.Column("answer", sa.Text, nullable=False),
+        moment("created_at", nullable=False),
+        primary_key="token",
+    )
+    op.create_index(f"{prefix}receipts_age", f"{prefix}receipts", ["created_at"], schema=schema)
+    create("chores", key("name"), moment("due_at", nullable=False), primary_key="name")
+    stamp(VERSION, OLDEST_CODE)
+
+
+def downgrade() -> None:
+    schema, prefix = names_in_use()
+    for name in reversed(TABLES):
+        op.drop_table(prefix + name, schema=schema)
+    op.drop_index(f"{prefix}tasks_suspect", f"{prefix}tasks", schema=schema)
+    op.drop_column(f"{prefix}workflows", "updated_at", schema=schema)
+    op.drop_column(f"{prefix}tasks", "crashes", schema=schema)
+    stamp(1, 1)
+
+
+def stamp(version: int, oldest_code: int) -> None:
+    schema, prefix = names_in_use()
+    columns = [sa.column("version", sa.Integer), sa.column("oldest_code", sa.Integer)]
+    table = sa.table(f"{prefix}schema", *columns, schema=schema)
+    op.execute(table.update().values(version=version, oldest_code=oldest_code))
