@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
 
 from sheppy import BackendError
+
+from ._wakeups import sleep_until
 
 logger = logging.getLogger("sheppy_sql")
 
@@ -47,8 +48,7 @@ class Part:
     async def _repeat(self) -> None:
         while True:
             pause = self._interval * random.uniform(1 - JITTER, 1)  # noqa: S311
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._soon.wait(), pause)
+            await sleep_until(self._soon, pause)
             self._soon.clear()
             try:
                 await self._step()

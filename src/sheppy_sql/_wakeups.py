@@ -96,12 +96,7 @@ class Waiter:
 
     async def wait(self, timeout: float) -> None:
         """Sleep until a signal or for `timeout` seconds."""
-        # Not wait_for: before Python 3.12 it may swallow a cancellation.
-        sleeper = asyncio.ensure_future(self._event.wait())
-        try:
-            await asyncio.wait([sleeper], timeout=timeout)
-        finally:
-            sleeper.cancel()
+        await sleep_until(self._event, timeout)
 
     def _signal(self, topic: Topic) -> None:
         self._signals.add(topic)
@@ -142,6 +137,16 @@ async def poll(
             next_full = now + pause * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
             interval = min(interval * 2, max_interval)
         await waiter.wait(max(0.0, min(next_full, deadline) - now))
+
+
+async def sleep_until(event: asyncio.Event, timeout: float) -> None:
+    """Sleep until the event or for `timeout` seconds."""
+    # Not wait_for: before Python 3.12 it may swallow a cancellation.
+    sleeper = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait([sleeper], timeout=timeout)
+    finally:
+        sleeper.cancel()
 
 
 def wait_seconds(timeout: float | None, *, zero_means_forever: bool) -> float:
