@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from datetime import datetime
 from typing import Any
 
@@ -38,6 +39,15 @@ class SqlBackend(Backend):
         connect_timeout: Seconds to wait for a connection. Default 10. Ignored with an engine.
         max_poll_interval: Longest pause, in seconds, between two looks at the database
             while waiting for a task or a result of another process. Default 0.25.
+        outage_grace: Seconds for which every call waits for a database that is gone to
+            come back, before it raises BackendError. Default 60.
+        lease: Seconds after which the tasks of a worker that died are taken by others,
+            at most; as long as it lives it keeps them. Default 60, at least 1.
+        max_loop_stall: Seconds after which a worker whose event loop does not turn counts
+            as dead; None (default) for never.
+        on_crash: What becomes of a task whose worker died: "requeue" (default), so it may
+            run twice, or "fail". The next sheppy decides that itself.
+        max_crashes: How many workers may die of a task before it fails. Default 5.
         migrate: Make or upgrade the tables on connect(). SQLite always does; on
             PostgreSQL prefer "sheppy-sql db upgrade" in the deployment.
 
@@ -57,6 +67,11 @@ class SqlBackend(Backend):
         pool_size: int = 5,
         connect_timeout: float = 10.0,
         max_poll_interval: float = 0.25,
+        outage_grace: float = 60.0,
+        lease: float = 60.0,
+        max_loop_stall: float | None = None,
+        on_crash: str = "requeue",
+        max_crashes: int = 5,
         migrate: bool = False,
     ) -> None:
         database = _database_of(url_or_engine)
@@ -72,10 +87,16 @@ class SqlBackend(Backend):
             pool_size=pool_size,
             connect_timeout=connect_timeout,
             max_poll_interval=max_poll_interval,
+            outage_grace=outage_grace,
+            lease=lease,
+            max_loop_stall=max_loop_stall,
+            on_crash=on_crash,
+            max_crashes=max_crashes,
             migrate=migrate,
         )
         self._tables = build_tables(schema, table_prefix)
         self._claims = Claims()
+        self._claims_pid = os.getpid()
         self._session: Session | None = None
         self._connecting: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
@@ -90,10 +111,13 @@ class SqlBackend(Backend):
                 self._session.database.check_loop()
                 return
             if self._session is not None:
-                self._session.abandon()
-                self._session = None
+                self._abandon(self._session)
             self._session = await Session.open(
-                self._url_or_engine, self._tables, self._claims, self._options
+                self._url_or_engine,
+                self._tables,
+                self._claims,
+                self._options,
+                host_decides=self._host_decides,
             )
 
     async def disconnect(self) -> None:
@@ -109,8 +133,7 @@ class SqlBackend(Backend):
                 self._session = None
                 await session.close()
             elif session is not None:
-                self._session = None
-                session.abandon()
+                self._abandon(session)
 
     @property
     def is_connected(self) -> bool:
@@ -186,6 +209,22 @@ class SqlBackend(Backend):
         """
         return await self._connected.viewer.get_results(queue_name, task_ids, timeout)
 
+    async def cancel(self, queue_name: str, task_id: str) -> Payload | None:
+        """The task, now finished as "cancelled"; None unless it was pending or scheduled."""
+        return await self._connected.remover.cancel(queue_name, task_id)
+
+    async def delete_task(self, queue_name: str, task_id: str) -> bool:
+        """Delete a task in whatever state; False where there was none."""
+        return await self._connected.remover.delete_task(queue_name, task_id)
+
+    async def heartbeat(self, queue_name: str, task_ids: list[str]) -> None:
+        """Keep this instance's claims on tasks from counting as stale."""
+        await self._connected.consumer.heartbeat(queue_name, task_ids)
+
+    async def get_stale_messages(self, queue_name: str, min_idle_ms: int) -> list[Payload]:
+        """Tasks of other instances without a sign of life for so long, now claimed by this one."""
+        return await self._connected.consumer.get_stale(queue_name, min_idle_ms)
+
     async def get_stats(self, queue_name: str) -> dict[str, int]:
         """Numbers of tasks: "pending", "completed" (finished, not expired) and "scheduled"."""
         return await self._connected.viewer.get_stats(queue_name)
@@ -226,6 +265,12 @@ class SqlBackend(Backend):
         """Workflows that have neither completed nor failed, the oldest first."""
         return await self._connected.definitions.get_pending_workflows(queue_name)
 
+    async def get_workflow_results(
+        self, queue_name: str, workflow_ids: list[str], timeout: float | None = None
+    ) -> dict[str, Payload]:
+        """Workflows that have completed or failed, by id; `timeout` as in get_results."""
+        return await self._connected.viewer.get_workflow_results(queue_name, workflow_ids, timeout)
+
     async def delete_workflow(self, queue_name: str, workflow_id: str) -> bool:
         """Delete a workflow; False where there was none."""
         return await self._connected.definitions.delete_workflow(queue_name, workflow_id)
@@ -253,6 +298,23 @@ class SqlBackend(Backend):
         return await self._connected.limiter.acquire(
             queue_name, key, max_rate, rate_period, task_id, strategy
         )
+
+    @property
+    def _host_decides(self) -> bool:
+        """Whether the host's own interface has it that the worker looks after stale tasks.
+
+        Its version does not tell: it was not raised.
+        """
+        declared = (vars(base).get("get_stale_messages") for base in type(self).__mro__)
+        return any(getattr(method, "__isabstractmethod__", False) for method in declared)
+
+    def _abandon(self, session: Session) -> None:
+        """Forget a session of a closed event loop, or of the parent of this process."""
+        self._session = None
+        session.abandon()
+        if self._claims_pid != os.getpid():
+            self._claims, self._claims_pid = Claims(), os.getpid()
+        self._claims.lose_all()
 
     @property
     def _connected(self) -> Session:

@@ -3,25 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeVar
 
-MOST_LOST = 10_000
+MOST_REMEMBERED = 10_000
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """What the worker's next call of `schedule` for a task that it will retry must find."""
+
+    retry_at: datetime
+    """As the worker chose it; a call with another time is somebody else's."""
+    token: int | None
+    """Of the claim under which the task was put aside; None where that claim was lost."""
+    grace: float
+    """Seconds beyond the retry's time after which the task is due by itself."""
 
 
 class Claims:
     """The tokens of an instance's claims; they outlive its connections.
 
-    A claim that was lost (the task was retried or cleared, or handed back by a
-    disconnect) is remembered too, so that a late result of it is still refused.
+    A claim that was lost (the task was retried or cleared, taken over by another, or handed back
+    by a disconnect) is remembered too, so that a late result of it is still refused.
     """
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, str], int] = {}
         self._lost: dict[tuple[str, str], int] = {}
+        self._suspects: set[int] = set()
+        self._parks: dict[tuple[str, str], Park] = {}
+        self._slots: dict[tuple[str, str], datetime] = {}
 
-    def take(self, queue: str, task_ids: Iterable[str], token: int) -> None:
+    def take(
+        self, queue: str, task_ids: Iterable[str], token: int, *, suspect: bool = False
+    ) -> None:
+        """Remember a claim; `suspect`: on a task whose worker has died before."""
         for task_id in task_ids:
             self._lost.pop((queue, task_id), None)
+            self._parks.pop((queue, task_id), None)
+            self._slots.pop((queue, task_id), None)
             self._held[queue, task_id] = token
+            if suspect:
+                self._suspects.add(token)
 
     def token(self, queue: str, task_id: str) -> int | None:
         """The token to write with; None where this instance never took the task."""
@@ -33,13 +61,13 @@ class Claims:
         for claims in (self._held, self._lost):
             if claims.get((queue, task_id)) == token:
                 claims.pop((queue, task_id), None)
+        self._suspects.discard(token or 0)
 
     def lose(self, queue: str, task_id: str, token: int | None) -> None:
         """Keep a claim's token only to refuse what still comes of it."""
         if token is not None and self._held.get((queue, task_id)) == token:
-            self._lost[queue, task_id] = self._held.pop((queue, task_id))
-        if len(self._lost) > MOST_LOST:
-            del self._lost[next(iter(self._lost))]
+            _remember(self._lost, (queue, task_id), self._held.pop((queue, task_id)))
+            self._suspects.discard(token)
 
     def lose_all(self) -> None:
         for (queue, task_id), token in list(self._held.items()):
@@ -49,6 +77,38 @@ class Claims:
     def any_held(self) -> bool:
         return bool(self._held)
 
+    @property
+    def holds_suspect(self) -> bool:
+        """Whether a task is held beside which none may be taken."""
+        return bool(self._suspects)
+
     def holds_elsewhere(self, queue: str, task_id: str) -> bool:
         """Whether a task of that id was taken from another queue, and not from this one."""
         return (queue, task_id) not in self._held and any(held == task_id for _, held in self._held)
+
+    def park(self, queue: str, task_id: str, park: Park) -> None:
+        """Expect the call of `schedule` by which the host follows up on a retry."""
+        _remember(self._parks, (queue, task_id), park)
+
+    def take_park(self, queue: str, task_id: str, at: datetime) -> Park | None:
+        """The park that a call of `schedule` for the time `at` follows up, if it is one."""
+        park = self._parks.get((queue, task_id))
+        if park is None or park.retry_at != at:
+            return None
+        return self._parks.pop((queue, task_id))
+
+    def keep_slot(self, queue: str, task_id: str, slot: datetime) -> None:
+        """Expect the call of `schedule` by which the host heeds a rate limiter.
+
+        `slot`: when the limiter lets the task start, by the database's clock.
+        """
+        _remember(self._slots, (queue, task_id), slot)
+
+    def take_slot(self, queue: str, task_id: str) -> datetime | None:
+        return self._slots.pop((queue, task_id), None)
+
+
+def _remember(memory: dict[K, V], key: K, value: V) -> None:
+    memory[key] = value
+    if len(memory) > MOST_REMEMBERED:
+        del memory[next(iter(memory))]

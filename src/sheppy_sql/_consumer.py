@@ -5,48 +5,61 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sheppy import BackendError
 
 from . import _wakeups
-from ._database import new_token
-from ._payloads import Payload, decode, encode_task, moment
+from ._claims import Park
+from ._database import CANCELLED_PATIENCE, new_token
+from ._payloads import Payload, TaskRow, decode, encode_task
+from ._retries import LONGEST_DELAY, retry_of
 from ._stores import claims as claim_store
-from ._validation import check_keys, check_limit, check_queue, check_timeout
+from ._stores import consumers as consumer_store
+from ._suspects import Choice
+from ._validation import check_keys, check_limit, check_number, check_queue, check_timeout
 
 if TYPE_CHECKING:
     from ._claims import Claims
-    from ._database import Database
+    from ._database import Database, Transaction
     from ._options import Options
+    from ._suspects import Suspects
     from ._wakeups import Wakeups
 
 logger = logging.getLogger("sheppy_sql")
 
-LONGEST_RETRY = 100 * 365 * 86_400.0  # seconds; beyond it, SQLite's calendar ends
-RETRY_GRACE = 30.0
-"""Seconds after a retry's time in which the worker may still schedule it itself."""
-
 
 class Consumer:
-    """pop, store_result and acknowledge of one backend instance."""
+    """pop, store_result, acknowledge and the host's care for claims, of one backend instance."""
 
     def __init__(
         self,
         database: Database,
         wakeups: Wakeups,
         claims: Claims,
+        suspects: Suspects,
         options: Options,
         *,
         owner: str,
+        begin: Callable[[], Awaitable[None]],
     ) -> None:
+        """`begin` is called before anything is taken: from then on the owner must be alive."""
+        self.queues: set[str] = set()
+        """From which it has taken tasks, or tried to."""
         self._database = database
         self._wakeups = wakeups
         self._options = options
         self._owner = owner
+        self._begin = begin
         self._claims = claims
-        self._unheard: set[int] = set()  # tokens of claims whose outcome nobody has seen
+        self._suspects = suspects
+        self._taking = 0
+        self._taking_suspect = False
+        # Tokens of claims that are to be handed back and could not be yet, with the ids in
+        # question (None: all).
+        self._leftovers: dict[int, set[str] | None] = {}
+        self._active = False
         self._closed = False
 
     async def pop(self, queue: str, limit: int, timeout: float | None) -> list[Payload]:
@@ -55,9 +68,11 @@ class Consumer:
         count, seconds = check_limit(limit, "limit"), check_timeout(timeout)
         if count <= 0:
             return []
+        await self._start()
+        self.queues.add(queue)
         with self._wakeups.waiting([_wakeups.pending(queue)]) as waiter:
             taken = await _wakeups.poll(
-                lambda _: self._claim(queue, count),
+                lambda _: self._take(queue, count),
                 waiter,
                 timeout=_wakeups.wait_seconds(seconds, zero_means_forever=False),
                 max_interval=self._options.max_poll_interval,
@@ -76,104 +91,205 @@ class Consumer:
                 "Failed to store a task: queue name mismatch, it was popped from another queue "
                 "than the one its result is stored in"
             )
-        if task["finished_at"]:
-            ttl = self._options.ttl_for(row.status)
-            stored = await self._database.write(
-                "store a result", claim_store.finish, queue, row, token, ttl
-            )
-        else:
-            stored = await self._database.write(
-                "store a task", claim_store.set_aside, queue, row, token, _retry_in(task)
-            )
+        try:
+            if task["finished_at"]:
+                ttl = self._options.ttl_for(task)
+                stored = await self._database.write(
+                    "store a result", claim_store.finish, queue, row, token, ttl
+                )
+            else:
+                stored = await self._set_aside(queue, row, task, token)
+        except BackendError:
+            if token is not None:
+                # Nobody will try again, and the claim would stay as long as this instance.
+                self._leave(token, {row.id})
+                self._claims.lose(queue, row.id, token)
+            raise
         if not stored:
             logger.warning("Task %s was taken over or cleared: its result is dropped", row.id)
             self._claims.lose(queue, row.id, token)
-            return True
-        self._claims.end(queue, row.id, token)
-        if task["finished_at"]:
-            self._wakeups.wake([_wakeups.finished(queue, row.id)])
+        else:
+            self._end(queue, row.id, token)
+            if task["finished_at"]:
+                self._wakeups.wake([_wakeups.finished(queue, row.id)])
         return True
 
     async def acknowledge(self, queue: str, ids: Sequence[str]) -> None:
         """End this instance's claims on tasks, leaving them as they are stored."""
-        check_queue(queue)
-        tokens = {
-            task_id: self._claims.token(queue, task_id) for task_id in check_keys(ids, "task id")
-        }
-        held = {task_id: token for task_id, token in tokens.items() if token is not None}
+        held = self._held(queue, ids)
         if held:
             await self._database.write("acknowledge tasks", claim_store.end, queue, held)
         for task_id, token in held.items():
-            self._claims.end(queue, task_id, token)
+            self._end(queue, task_id, token)
 
-    async def close(self) -> None:
-        """Hand back what this instance still holds; whoever waits for tasks gets an error."""
+    async def heartbeat(self, queue: str, ids: Sequence[str]) -> None:
+        """Keep those of the tasks that this instance holds from counting as stale."""
+        if held := self._held(queue, ids):
+            await self._database.write("renew claims", claim_store.renew, queue, held)
+
+    async def get_stale(self, queue: str, min_idle_ms: float) -> list[Payload]:
+        """Tasks that others took and have given no sign of for so long; now this instance's."""
+        check_queue(queue)
+        idle = check_number(min_idle_ms, "min_idle_ms") / 1000
+        if idle < 0:
+            raise ValueError("min_idle_ms must not be negative")
+        await self._start()
+        token = new_token()
+        stale = await self._database.write(
+            "take over stale tasks",
+            claim_store.take_over,
+            queue,
+            min(idle, LONGEST_DELAY),
+            self._owner,
+            token,
+        )
+        self._claims.take(queue, [task_id for task_id, _ in stale], token)
+        return [decode(text) for _, text in stale]
+
+    async def hand_back_leftovers(self) -> None:
+        """Return what was claimed and will not be run or stored by this instance."""
+        for token, ids in list(self._leftovers.items()):
+            await self._release(token, ids)
+
+    async def stop(self) -> None:
+        """Take nothing more; whoever waits for tasks gets an error."""
         self._closed = True
         # A cancelled pop may have claimed and not yet have come to hear of it.
         await self._database.drain()
-        if self._claims.any_held or self._unheard:
-            await self._hand_back(None)
+
+    async def hand_back_all(self) -> None:
+        """Return what this instance still holds, and be known no more."""
+        if not self._active:
+            return
+        try:
+            queues = await self._database.write("hand back tasks", self._resign)
+        except BackendError as error:
+            # The disconnect that brought us here must pass all the same.
+            self._warn(error)
+        else:
+            self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
         self._claims.lose_all()
 
-    async def _claim(self, queue: str, limit: int) -> list[Payload] | None:
+    async def _start(self) -> None:
+        self._active = True
+        await self._begin()
+
+    async def _resign(self, tx: Transaction) -> set[str]:
+        queues = await claim_store.release(tx, self._owner, None)
+        await consumer_store.remove(tx, self._owner)
+        return queues
+
+    async def _take(self, queue: str, limit: int) -> list[Payload] | None:
         if self._closed:
             raise BackendError("Failed to take tasks: the backend was disconnected meanwhile")
-        if self._database.dialect.embedded and not await self._database.read(
-            "look for tasks", claim_store.has_pending, queue
-        ):
+        choice = self._suspects.choose(
+            queue,
+            free=not self._taking and not self._claims.any_held,
+            holds_suspect=self._taking_suspect or self._claims.holds_suspect,
+        )
+        if choice is Choice.SUSPECT:
+            taken = await self._claim(queue, 1, suspects=True)
+            self._suspects.took(queue, found=taken is not None)
+            if taken is not None:
+                return taken
+        elif choice is Choice.NOTHING:
             return None
-        token = new_token()
-        self._unheard.add(token)
+        return await self._claim(queue, limit, suspects=False)
+
+    async def _claim(self, queue: str, limit: int, *, suspects: bool) -> list[Payload] | None:
+        self._taking += 1
+        self._taking_suspect |= suspects
+        try:
+            if self._database.dialect.embedded and not await self._database.read(
+                "look for tasks", claim_store.has_pending, queue, suspects=suspects
+            ):
+                return None
+            token = new_token()
+            claimed = await self._claim_under(token, queue, limit, suspects=suspects)
+            ids = [task_id for task_id, _ in claimed]
+            self._claims.take(queue, ids, token, suspect=suspects)
+            return [decode(text) for _, text in claimed] or None
+        finally:
+            self._taking -= 1
+            if suspects:
+                self._taking_suspect = False
+
+    async def _claim_under(
+        self, token: int, queue: str, limit: int, *, suspects: bool
+    ) -> list[tuple[str, str]]:
         claim = self._database.start(
-            "take tasks", claim_store.claim, queue, limit, self._owner, token
+            "take tasks", claim_store.claim, queue, limit, self._owner, token, suspects=suspects
         )
         try:
             claimed = await asyncio.shield(claim)
         except asyncio.CancelledError:
+            self._database.give_up(claim)
             # It may be committed, and nobody will ever hear of it. A task of its own, as
             # whoever cancelled once may do it again.
-            await asyncio.wait([asyncio.create_task(self._hand_back_after(claim, token))])
+            handing_back = asyncio.create_task(self._hand_back_after(claim, token))
+            await asyncio.wait([handing_back], timeout=CANCELLED_PATIENCE)
             raise
-        self._unheard.discard(token)
-        self._claims.take(queue, [task_id for task_id, _ in claimed], token)
-        return [decode(text) for _, text in claimed] or None
+        except BackendError:
+            self._leave(token, None)  # it may have been committed all the same
+            raise
+        return claimed
 
     async def _hand_back_after(self, claim: asyncio.Task[Any], token: int) -> None:
         while not claim.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([claim])
-        await self._hand_back(token)
-
-    async def _hand_back(self, token: int | None) -> None:
-        """Return what one claim took, or all claims of this instance; never fails."""
-        if self._closed and token is not None:
-            return  # close() returns everything
+        if self._closed:
+            return  # all is handed back
+        self._leave(token, None)
         try:
-            queues = await self._database.write(
-                "hand back tasks", claim_store.release, self._owner, token
-            )
+            await self._release(token, None)
         except BackendError as error:
-            # The cancellation or the disconnect that brought us here must pass all the same.
-            logger.warning("Tasks of %s may stay claimed: %s", self._owner, error)
-        else:
-            if token is not None:
-                self._unheard.discard(token)
-            self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
+            # It stays a leftover, and the cancellation must pass all the same.
+            self._warn(error)
 
+    async def _release(self, token: int, ids: set[str] | None) -> None:
+        queues = await self._database.write(
+            "hand back tasks",
+            claim_store.release,
+            self._owner,
+            token,
+            None if ids is None else sorted(ids),
+        )
+        if self._leftovers.get(token) == ids:
+            del self._leftovers[token]
+        self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
 
-def _retry_in(task: Payload) -> float | None:
-    """Seconds until a retrying task must run even if its worker never schedules it.
+    async def _set_aside(self, queue: str, row: TaskRow, task: Payload, token: int | None) -> bool:
+        retry = retry_of(task)
+        stored = await self._database.write(
+            "store a task",
+            claim_store.set_aside,
+            queue,
+            row,
+            token,
+            None if retry is None else retry.delay + retry.grace,
+        )
+        if retry is not None and token is not None and retry.due is not None:
+            park = Park(retry.due, token if stored else None, retry.grace)
+            self._claims.park(queue, row.id, park)
+        return stored
 
-    By the duration that the worker chose, not by its clock. The worker of
-    sheppy 0.0.7 does not schedule the last attempt at all.
-    """
-    if task.get("status") != "retrying":
-        return None
-    decided, due = moment(task.get("last_retry_at")), moment(task.get("next_retry_at"))
-    delay = (due - decided).total_seconds() if due and decided else 0.0
-    delay = min(max(delay, 0.0), LONGEST_RETRY)
-    config = task.get("config")
-    retries = config.get("retry") if isinstance(config, dict) else None
-    used = task.get("retry_count")
-    is_last = isinstance(retries, int) and isinstance(used, int) and used >= retries
-    return delay if is_last else delay + RETRY_GRACE
+    def _held(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
+        check_queue(queue)
+        wanted = check_keys(ids, "task id")
+        tokens = ((task_id, self._claims.token(queue, task_id)) for task_id in wanted)
+        return {task_id: token for task_id, token in tokens if token is not None}
+
+    def _end(self, queue: str, task_id: str, token: int | None) -> None:
+        held_suspect = self._claims.holds_suspect
+        self._claims.end(queue, task_id, token)
+        if held_suspect and not self._claims.holds_suspect:
+            # Other tasks may be taken again.
+            self._wakeups.wake([_wakeups.pending(queue) for queue in self.queues])
+
+    def _leave(self, token: int, ids: set[str] | None) -> None:
+        earlier = self._leftovers.get(token, set())
+        self._leftovers[token] = None if ids is None or earlier is None else earlier | ids
+
+    def _warn(self, error: BackendError) -> None:
+        logger.warning("Tasks of %s stay claimed for now: %s", self._owner, error)

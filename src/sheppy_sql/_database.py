@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import secrets
@@ -17,7 +18,8 @@ from sheppy import BackendError
 from sqlalchemy import Engine
 from sqlalchemy.pool import StaticPool
 
-from ._errors import Fault, backend_error, fault, is_driver_error
+from ._errors import Fault, backend_error, fault, is_driver_error, is_starting
+from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
     from sqlalchemy import Executable
@@ -31,6 +33,13 @@ T = TypeVar("T")
 
 CONFLICT_ATTEMPTS = 20
 CONFLICT_PAUSE = 0.005  # seconds; grows with every attempt
+OUTAGE_PAUSES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Seconds before each further attempt, the last for all that follow.
+
+The first follows at once: it finds another connection where only the pooled one was gone.
+"""
+CANCELLED_PATIENCE = 5.0
+"""Seconds for which a cancelled caller waits for its transaction to end."""
 
 
 def new_token() -> int:
@@ -48,6 +57,8 @@ class Transaction:
     connection: AsyncConnection
     tables: Tables
     dialect: Dialect
+    repeated: bool
+    """Whether this was tried before, and may have been committed though nobody heard of it."""
 
     async def rows(self, statement: Executable) -> Sequence[Any]:
         """Rows, with the selected columns as attributes."""
@@ -72,16 +83,32 @@ Operation = Callable[Concatenate[Transaction, P], Awaitable[T]]
 
 
 class Database:
-    """Runs operations, each in a transaction of its own; lives in one process and event loop."""
+    """Runs operations, each in a transaction of its own; lives in one process and event loop.
 
-    def __init__(self, engine: AsyncEngine, tables: Tables, dialect: Dialect) -> None:
+    `outage_grace` is for how many seconds each of them may outlast an outage; one that begins
+    before anybody has `reached` the database is none.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        tables: Tables,
+        dialect: Dialect,
+        *,
+        outage_grace: float,
+        reached: bool = False,
+    ) -> None:
         self.engine = engine
         self.tables = tables
         self.dialect = dialect
+        self._outage_grace = outage_grace
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._running: set[asyncio.Task[Any]] = set()
+        self._unwanted: set[asyncio.Task[Any]] = set()
+        self._reached = reached
         self._closed = False
+        self._leaving = asyncio.Event()
         # Waiting here is fair, waiting for SQLite's own lock is not.
         one_at_a_time = _turns(engine, self._loop)
         at_will = contextlib.nullcontext()
@@ -89,8 +116,13 @@ class Database:
             one_at_a_time if dialect.embedded else at_will
         )
         self._read_turn: AbstractAsyncContextManager[Any] = (
-            one_at_a_time if isinstance(engine.pool, StaticPool) else at_will
+            one_at_a_time if self.is_in_memory else at_will
         )
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether it ends with this process, and no other sees it."""
+        return isinstance(self.engine.pool, StaticPool)
 
     @property
     def is_usable(self) -> bool:
@@ -108,7 +140,11 @@ class Database:
     async def write(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """The outcome of `operation` once it is committed; BackendError names `action`."""
+        """The outcome of `operation` once it is committed; BackendError names `action`.
+
+        An operation is repeated after a conflict or an outage. Where `Transaction.repeated`
+        says that it may have been committed already, it must find that out.
+        """
         return await self._outcome(self.start(action, operation, *args, **kwargs))
 
     async def read(
@@ -124,8 +160,16 @@ class Database:
         """`write` under way, for a caller who must know how it ends though it is cancelled."""
         return self._start(action, self._attempt(operation, True, *args, **kwargs))
 
+    def give_up(self, work: asyncio.Task[Any]) -> None:
+        """Have what is under way not be tried again; its caller is gone."""
+        self._unwanted.add(work)
+
     async def drain(self) -> None:
-        """Wait for the operations under way, cancelled callers' among them."""
+        """Wait for the operations under way, cancelled callers' among them.
+
+        None of them is tried again meanwhile.
+        """
+        self._leaving.set()
         while self._running:
             await asyncio.wait(self._running)
 
@@ -134,7 +178,7 @@ class Database:
         self._closed = True
         await self.drain()
 
-    def _start(self, action: str, attempt: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
+    def _start(self, action: str, attempt: Callable[[bool], Awaitable[T]]) -> asyncio.Task[T]:
         self.check_loop()
         if self._closed:
             raise BackendError(f"Failed to {action}: the backend was disconnected meanwhile")
@@ -148,43 +192,71 @@ class Database:
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
-            await asyncio.wait([work])
+            self.give_up(work)
+            await asyncio.wait([work], timeout=CANCELLED_PATIENCE)
             raise
 
     def _forget(self, work: asyncio.Task[Any]) -> None:
         self._running.discard(work)
+        self._unwanted.discard(work)
         # Nobody may be left to hear of it.
         if not work.cancelled():
             work.exception()
 
-    async def _retry(self, action: str, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def _retry(self, action: str, attempt: Callable[[bool], Awaitable[T]]) -> T:
         """The only place that sees a driver's error."""
-        tries = 0
+        conflicts = outages = 0
+        gives_up_at = math.inf
         while True:
-            tries += 1
             try:
-                return await attempt()
+                outcome = await attempt(conflicts + outages > 0)
             except Exception as error:
                 if not is_driver_error(error):
                     raise
-                if fault(error) is not Fault.CONFLICT or tries == CONFLICT_ATTEMPTS:
+                now = self._loop.time()
+                kind = fault(error)
+                if kind is Fault.CONFLICT and conflicts < CONFLICT_ATTEMPTS - 1:
+                    conflicts += 1
+                    pause = CONFLICT_PAUSE * conflicts
+                elif kind is Fault.OUTAGE and now < gives_up_at and self._rides_out(error):
+                    # Counted from the first one: before, all was well.
+                    gives_up_at = min(gives_up_at, now + self._outage_grace)
+                    pause = OUTAGE_PAUSES[min(outages, len(OUTAGE_PAUSES) - 1)]
+                    outages += 1
+                else:
                     # From None: what SQLAlchemy and the driver say may quote payloads.
                     raise backend_error(action, error) from None
-            await asyncio.sleep(CONFLICT_PAUSE * tries * random.uniform(0.5, 1.5))  # noqa: S311
+            else:
+                self._reached = True
+                return outcome
+            await sleep_until(self._leaving, pause * random.uniform(0.5, 1.5))  # noqa: S311
+
+    def _rides_out(self, error: Exception) -> bool:
+        """Whether it is worth while to wait for the end of an outage."""
+        if self._leaving.is_set() or asyncio.current_task() in self._unwanted:
+            return False
+        # Nobody has got through yet: it may as well be the wrong address.
+        return self._reached or is_starting(error)
 
     def _attempt(
         self, operation: Operation[P, T], write: bool, *args: P.args, **kwargs: P.kwargs
-    ) -> Callable[[], Awaitable[T]]:
+    ) -> Callable[[bool], Awaitable[T]]:
         """One try at `operation` in a transaction of its own, to be called as often as needed."""
 
-        async def attempt() -> T:
+        async def attempt(repeated: bool) -> T:
             turn = self._write_turn if write else self._read_turn
             async with turn, self.engine.connect() as connection:
-                await self.dialect.begin(connection, write=write)
-                transaction = Transaction(connection, self.tables, self.dialect)
-                outcome = await operation(transaction, *args, **kwargs)
-                await connection.commit()
-                return outcome
+                try:
+                    await self.dialect.begin(connection, write=write)
+                    transaction = Transaction(connection, self.tables, self.dialect, repeated)
+                    outcome = await operation(transaction, *args, **kwargs)
+                    await connection.commit()
+                    return outcome
+                except Exception as error:
+                    # It may still answer, as a primary does that has become a standby.
+                    if is_driver_error(error) and fault(error) is Fault.OUTAGE:
+                        await connection.invalidate()
+                    raise
 
         return attempt
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from . import _wakeups
 from ._payloads import Payload, decode, encode
 from ._stores import crons as cron_store
 from ._stores import workflows as workflow_store
+from ._stores.receipts import once
 from ._validation import check_cron_expression, check_key, check_keys, check_queue
 
 if TYPE_CHECKING:
     from ._database import Database
     from ._options import Options
+    from ._wakeups import Wakeups
 
 
 class Definitions:
     """The crons and workflows of one installation."""
 
-    def __init__(self, database: Database, options: Options) -> None:
+    def __init__(self, database: Database, wakeups: Wakeups, options: Options) -> None:
         self._database = database
+        self._wakeups = wakeups
         self._max_bytes = options.max_payload_bytes
 
     async def add_cron(self, queue: str, cron_id: str, cron: Payload) -> bool:
@@ -28,13 +32,13 @@ class Definitions:
         text = encode(cron, "cron", self._max_bytes)
         expression = check_cron_expression(cron)
         return await self._database.write(
-            "add a cron", cron_store.add, queue, cron_id, expression, text
+            "add a cron", once(cron_store.add), queue, cron_id, expression, text
         )
 
     async def delete_cron(self, queue: str, cron_id: str) -> bool:
         check_queue(queue)
         check_key(cron_id, "cron id")
-        return await self._database.write("delete a cron", cron_store.remove, queue, cron_id)
+        return await self._database.write("delete a cron", once(cron_store.remove), queue, cron_id)
 
     async def get_crons(self, queue: str) -> list[Payload]:
         texts = await self._database.read("get crons", cron_store.get_all, check_queue(queue))
@@ -45,16 +49,20 @@ class Definitions:
         text = encode(workflow, "workflow", self._max_bytes)
         if "id" not in workflow:
             raise ValueError("workflow has no 'id'")
+        workflow_id = check_key(workflow["id"], "workflow id")
+        # sheppy 0.0.7 says "error"; its next release, "exception".
+        finished = any(workflow.get(key) for key in ("completed", "error", "exception"))
         await self._database.write(
             "store a workflow",
-            workflow_store.put,
+            once(workflow_store.put),
             queue,
-            check_key(workflow["id"], "workflow id"),
+            workflow_id,
             text,
-            # sheppy 0.0.7 says "error"; its next release, "exception".
-            finished=any(workflow.get(key) for key in ("completed", "error", "exception")),
+            finished=finished,
             waits_for=check_keys(workflow.get("pending_task_ids") or [], "task id"),
         )
+        if finished:
+            self._wakeups.wake([_wakeups.ended(queue, workflow_id)])
         return True
 
     async def get_workflows(self, queue: str, ids: Sequence[str]) -> dict[str, Payload]:
@@ -81,7 +89,7 @@ class Definitions:
         check_queue(queue)
         check_key(workflow_id, "workflow id")
         return await self._database.write(
-            "delete a workflow", workflow_store.remove, queue, workflow_id
+            "delete a workflow", once(workflow_store.remove), queue, workflow_id
         )
 
     async def complete_task(self, queue: str, workflow_id: str, task_id: str) -> int:
@@ -89,5 +97,9 @@ class Definitions:
         check_key(workflow_id, "workflow id")
         check_key(task_id, "task id")
         return await self._database.write(
-            "complete a workflow's task", workflow_store.complete_task, queue, workflow_id, task_id
+            "complete a workflow's task",
+            once(workflow_store.complete_task),
+            queue,
+            workflow_id,
+            task_id,
         )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from sheppy import BackendError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 UPGRADE_HINT = 'run "sheppy-sql db upgrade --url URL" (or "alembic upgrade head")'
 
@@ -18,11 +19,26 @@ class Fault(enum.Enum):
 
     CONFLICT = enum.auto()
     """Rolled back because of somebody else: the same again may work at once."""
+    OUTAGE = enum.auto()
+    """The way to the database, or it itself, is gone for now: later, on another connection."""
     OTHER = enum.auto()
 
 
 # PostgreSQL's SQLSTATE: serialization failure, deadlock, lock timeout.
 _CONFLICTS = frozenset({"40001", "40P01", "55P03"})
+
+_STARTING = frozenset({"57P03", "53300"})
+"""The server is there and takes no connection yet, or no further one."""
+
+# Class 08 (connection), the ends of a session by the server, a server that became read-only
+# by a switch-over, and statements prepared on a connection that a pooler gave to others.
+_OUTAGES = _STARTING | {"57P01", "57P02", "57P05", "25006", "25P03", "25P04", "26000", "42P05"}
+
+# Of asyncpg, which gives its own errors no SQLSTATE.
+_BROKEN_CONNECTIONS = ("is closed", "has been released", "operation is in progress")
+_OUTAGE_TYPES = frozenset(
+    {"InvalidCachedStatementError", "OutdatedSchemaCacheError", "TargetServerAttributeNotMatched"}
+)
 
 _HINTS_BY_STATE = {
     "28P01": "check the user and the password in the URL",
@@ -55,7 +71,14 @@ def fault(error: BaseException) -> Fault:
     root = _root(error)
     if _sqlstate(root) in _CONFLICTS or _is_sqlite_busy(root):
         return Fault.CONFLICT
-    return Fault.OTHER
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return Fault.OUTAGE
+    return Fault.OUTAGE if _is_outage(root) else Fault.OTHER
+
+
+def is_starting(error: BaseException) -> bool:
+    """Whether the server is there and only takes no connection for now."""
+    return _sqlstate(_root(error)) in _STARTING
 
 
 def is_missing_table(error: BaseException) -> bool:
@@ -91,6 +114,20 @@ def _root(error: BaseException) -> BaseException:
 def _sqlstate(root: BaseException) -> str | None:
     state = getattr(root, "sqlstate", None)
     return state if isinstance(state, str) else None
+
+
+def _is_outage(root: BaseException) -> bool:
+    state = _sqlstate(root)
+    if type(root).__name__ in _OUTAGE_TYPES:
+        return True
+    if state is not None:
+        return state.startswith("08") or state in _OUTAGES
+    if _module(root).startswith("asyncpg"):
+        return any(part in str(root) for part in _BROKEN_CONNECTIONS)
+    if isinstance(root, ssl.SSLCertVerificationError):
+        return False
+    # SQLAlchemy's TimeoutError: the application's own pool has no connection to give.
+    return isinstance(root, (OSError, asyncio.TimeoutError, PoolTimeoutError))
 
 
 def _is_sqlite_busy(root: BaseException) -> bool:

@@ -9,6 +9,7 @@ from ._stores import rate_limits as rate_limit_store
 from ._validation import check_count, check_key, check_number, check_queue
 
 if TYPE_CHECKING:
+    from ._claims import Claims
     from ._database import Database
 
 FIXED_WINDOW = "fixed_window"
@@ -18,8 +19,9 @@ LONGEST_PERIOD = 100 * 365 * 86_400.0  # seconds
 class Limiter:
     """The rate limiters of one installation."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, claims: Claims) -> None:
         self._database = database
+        self._claims = claims
 
     async def acquire(
         self,
@@ -39,7 +41,7 @@ class Limiter:
             raise ValueError(
                 f"rate_period must be a positive number of seconds, at most {LONGEST_PERIOD:g}"
             )
-        return await self._database.write(
+        wait = await self._database.write(
             "acquire a rate limit",
             rate_limit_store.acquire,
             queue,
@@ -49,3 +51,8 @@ class Limiter:
             period=timedelta(seconds=rate_period),
             fixed_window=strategy == FIXED_WINDOW,
         )
+        if wait is None:
+            return None
+        seconds, slot = wait
+        self._claims.keep_slot(queue, task_id, slot)
+        return seconds

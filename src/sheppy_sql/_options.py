@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._payloads import FAILURES
+from ._payloads import FAILURES, Payload
 from ._validation import check_count, check_number
 from .schema import DEFAULT_PREFIX
 
@@ -14,6 +14,9 @@ DEFAULT_MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
 LARGEST_PAYLOAD_BYTES = 512 * 1024 * 1024
 LONGEST_TTL = 10_000 * 365 * DAY / 2  # beyond it, the databases' calendars end
 INHERIT = "inherit"
+SHORTEST_LEASE = 1.0  # seconds
+LONGEST_LEASE = DAY
+CRASH_POLICIES = ("requeue", "fail")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,11 @@ class Options:
     pool_size: int = 5
     connect_timeout: float = 10.0
     max_poll_interval: float = 0.25
+    outage_grace: float = 60.0
+    lease: float = 60.0
+    max_loop_stall: float | None = None
+    on_crash: str = "requeue"
+    max_crashes: int = 5
     migrate: bool = False
 
     def __post_init__(self) -> None:
@@ -40,14 +48,44 @@ class Options:
         _check_range("pool_size", self.pool_size, 1, 1000)
         _check_seconds("connect_timeout", self.connect_timeout)
         _check_seconds("max_poll_interval", self.max_poll_interval)
+        if check_number(self.outage_grace, "outage_grace") < 0:
+            raise ValueError("outage_grace must be a number of seconds, 0 for none")
+        if not SHORTEST_LEASE <= check_number(self.lease, "lease") <= LONGEST_LEASE:
+            raise ValueError(
+                f"lease must be between {SHORTEST_LEASE:g} and {LONGEST_LEASE:g} seconds"
+            )
+        if self.max_loop_stall is not None:
+            _check_seconds("max_loop_stall", self.max_loop_stall)
+        if self.on_crash not in CRASH_POLICIES:
+            raise ValueError(f"on_crash must be one of {', '.join(map(repr, CRASH_POLICIES))}")
+        _check_range("max_crashes", self.max_crashes, 1, 1000)
         if not isinstance(self.migrate, bool):
             raise ValueError("migrate must be True or False")
 
-    def ttl_for(self, status: str | None) -> float | None:
-        """Seconds that a finished task of this status is kept; None for ever."""
-        if status in FAILURES and not isinstance(self.error_ttl, str):
-            return self.error_ttl
-        return self.ttl
+    def ttl_for(self, task: Payload) -> float | None:
+        """Seconds that a finished task is kept; None for ever.
+
+        What the task itself says goes first. sheppy 0.0.7 knows no such fields, its next
+        release does.
+        """
+        failed = task.get("status") in FAILURES
+        own = [_own_ttl(task, "error_ttl")] if failed else []
+        own.append(_own_ttl(task, "ttl"))
+        general = [self.error_ttl, self.ttl] if failed else [self.ttl]
+        chosen: float | None = next(ttl for ttl in [*own, *general] if not isinstance(ttl, str))
+        return chosen
+
+
+def _own_ttl(task: Payload, name: str) -> float | str | None:
+    """What a task says of its own; whatever it is, it fails no write."""
+    config = task.get("config")
+    places = [place for place in (config, task) if isinstance(place, dict) and name in place]
+    ttl = places[0][name] if places else INHERIT
+    if ttl is None:
+        return None
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not ttl > 0:
+        return INHERIT
+    return float(min(ttl, LONGEST_TTL))
 
 
 def _check_ttl(name: str, value: float | str | None) -> None:

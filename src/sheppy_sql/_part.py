@@ -13,6 +13,8 @@ from ._wakeups import sleep_until
 
 logger = logging.getLogger("sheppy_sql")
 
+_abandoned: list[asyncio.Task[None] | None] = []
+
 JITTER = 0.25  # share of an interval, so that instances do not fall into step
 
 
@@ -58,6 +60,10 @@ class Part:
                 self._complain(f"{type(error).__name__}: {error}")
             else:
                 self._complaint = None
+
+    def abandon(self) -> None:
+        """Its event loop is closed, or the parent's: keep it from complaining at its end."""
+        _abandoned.append(self._running)
 
     def _complain(self, complaint: str) -> None:
         if complaint != self._complaint:

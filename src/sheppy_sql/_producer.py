@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import _wakeups
 from ._database import new_token
 from ._payloads import Payload, TaskRow, decode, encode_task
+from ._stores import claims as claim_store
 from ._stores import queues as queue_store
 from ._stores import scheduled as schedule_store
 from ._stores import tasks as task_store
+from ._stores.receipts import once
 from ._validation import check_moment, check_queue
 from .schema import PENDING, SCHEDULED
 
@@ -81,14 +83,41 @@ class Producer:
             "look for a task", task_store.exists, queue, row.id
         ):
             return False
+        if not unique and (followed := self._follow_up(queue, row, run_at)) is not None:
+            await followed
+            return True
         held = self._held(queue, [row])
         scheduled = await self._database.write(
-            "schedule a task", self._schedule, queue, row, run_at, unique
+            "schedule a task", self._schedule, queue, row, run_at, unique, new_token()
         )
         if not unique:
             self._supersede(queue, held)
         self._known_queues.add(queue)
         return scheduled
+
+    def _follow_up(self, queue: str, row: TaskRow, run_at: datetime) -> Awaitable[None] | None:
+        """What a call of schedule does that the host's worker makes of a task it has taken.
+
+        It may come late, when the task is another's already: then it must do nothing, other than
+        somebody's wish to run the task again. And the worker's clock may be wrong, so the
+        database's decides by the duration.
+        """
+        if park := self._claims.take_park(queue, row.id, run_at):
+            if park.token is None:
+                return _nothing()
+            return self._database.write(
+                "schedule a retry", schedule_store.unpark, queue, row, park.token, park.grace
+            )
+        slot, token = self._claims.take_slot(queue, row.id), self._claims.token(queue, row.id)
+        if slot is None or token is None or row.status != "scheduled":
+            return None
+        return self._postpone(queue, row, token, slot)
+
+    async def _postpone(self, queue: str, row: TaskRow, token: int, slot: datetime) -> None:
+        await self._database.write(
+            "postpone a task", claim_store.postpone, queue, row, token, slot, new_token()
+        )
+        self._claims.end(queue, row.id, token)
 
     async def pop_scheduled(self, queue: str, now: datetime | None) -> list[Payload]:
         """Tasks that are due, the earliest first; an append of them is expected to follow."""
@@ -108,14 +137,16 @@ class Producer:
     async def clear(self, queue: str) -> int:
         """Empty a queue; how many tasks and crons there were."""
         check_queue(queue)
-        removed = await self._database.write("clear a queue", queue_store.clear, queue)
+        removed = await self._database.write("clear a queue", once(queue_store.clear), queue)
         self._known_queues.discard(queue)
         return removed
 
     async def _append_new(self, queue: str, rows: Sequence[TaskRow]) -> list[bool]:
         first = {row.id: index for index, row in reversed(list(enumerate(rows)))}
         unique_rows = [row for index, row in enumerate(rows) if first[row.id] == index]
-        added = await self._database.write("append tasks", self._add, queue, unique_rows)
+        added = await self._database.write(
+            "append tasks", self._add, queue, unique_rows, new_token()
+        )
         self._known_queues.add(queue)
         if added:
             self._wakeups.wake([_wakeups.pending(queue)])
@@ -130,7 +161,9 @@ class Producer:
             if (lease := self._leases.get((queue, row.id))) and lease.is_kept_by(row)
         }
         held = self._held(queue, latest.values())
-        await self._database.write("append tasks", self._put, queue, list(latest.values()), leases)
+        await self._database.write(
+            "append tasks", self._put, queue, list(latest.values()), leases, new_token()
+        )
         self._supersede(queue, held)
         self._known_queues.add(queue)
         self._wakeups.wake([_wakeups.pending(queue)])
@@ -149,27 +182,42 @@ class Producer:
             if self._leases.get((queue, held.task_id)) is held.lease:
                 self._leases.pop((queue, held.task_id), None)
 
-    async def _add(self, tx: Transaction, queue: str, rows: Sequence[TaskRow]) -> set[str]:
+    async def _add(
+        self, tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int
+    ) -> set[str]:
         await self._register(tx, queue)
-        return await task_store.add(tx, queue, rows, new_token(), PENDING) if rows else set()
+        return await task_store.add(tx, queue, rows, token, PENDING) if rows else set()
 
     async def _put(
-        self, tx: Transaction, queue: str, rows: Sequence[TaskRow], leases: Mapping[str, int]
+        self,
+        tx: Transaction,
+        queue: str,
+        rows: Sequence[TaskRow],
+        leases: Mapping[str, int],
+        token: int,
     ) -> None:
         await self._register(tx, queue)
         kept = await schedule_store.lock_leases(tx, queue, leases) if leases else set()
         # A task whose lease is over was taken by another scheduler: it is no longer ours to add.
         rows = [row for row in rows if row.id not in leases or row.id in kept]
         if rows:
-            await task_store.put(tx, queue, rows, new_token(), PENDING)
+            await task_store.put(tx, queue, rows, token, PENDING, promoted=kept)
 
     async def _schedule(
-        self, tx: Transaction, queue: str, row: TaskRow, run_at: datetime, unique: bool
+        self,
+        tx: Transaction,
+        queue: str,
+        row: TaskRow,
+        run_at: datetime,
+        unique: bool,
+        token: int,
     ) -> bool:
         await self._register(tx, queue)
+        if tx.repeated and await task_store.find_appended(tx, queue, [row.id], token):
+            return True
         if not unique:
-            await task_store.put(tx, queue, [row], new_token(), SCHEDULED)
-        elif not await task_store.add(tx, queue, [row], new_token(), SCHEDULED):
+            await task_store.put(tx, queue, [row], token, SCHEDULED)
+        elif not await task_store.add(tx, queue, [row], token, SCHEDULED):
             return False
         await schedule_store.put(tx, queue, row.id, run_at)
         return True
@@ -177,3 +225,7 @@ class Producer:
     async def _register(self, tx: Transaction, queue: str) -> None:
         if queue not in self._known_queues:
             await queue_store.register(tx, queue)
+
+
+async def _nothing() -> None:
+    pass

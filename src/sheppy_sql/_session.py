@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 import uuid
 from collections.abc import AsyncGenerator
 from datetime import datetime, timezone
@@ -14,15 +12,23 @@ from typing import TYPE_CHECKING
 from sheppy import BackendError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from . import _urls, _wakeups
+from . import _pruner, _urls, _wakeups
+from ._background import Background
 from ._consumer import Consumer
 from ._database import Database, Transaction
 from ._definitions import Definitions
 from ._dialects import dialect_named
 from ._errors import UPGRADE_HINT, is_missing_table
+from ._heart import Heart
+from ._leases import Leases
 from ._limiter import Limiter
+from ._part import Part
+from ._process import this_process
 from ._producer import Producer
+from ._pruner import Pruner
+from ._remover import Remover
 from ._stores import installation as installation_store
+from ._suspects import Suspects
 from ._viewer import Viewer
 from .schema import SCHEMA_VERSION, Tables
 
@@ -51,15 +57,40 @@ class Session:
         options: Options,
         *,
         owns_engine: bool,
+        host_decides: bool,
     ) -> None:
         wakeups = _wakeups.hub(installation.name)
-        owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        suspects = Suspects()
+        process = this_process()
+        owner = f"{process.hostname}-{process.pid}-{uuid.uuid4().hex[:12]}"
+        leases = Leases(
+            database, wakeups, suspects, options, process, owner=owner, host_decides=host_decides
+        )
+        # What ends with this process needs no signs of life.
+        beats = not host_decides and not database.is_in_memory
+        self._background = Background(
+            Heart(database, process, options, owner=owner) if beats else None,
+            [
+                Part("look after claims", leases.reclaim, leases.interval),
+                Part("hand back tasks", self._hand_back_leftovers, leases.interval),
+                Part("prune", Pruner(database).prune, _pruner.INTERVAL),
+            ],
+        )
         self.database = database
-        self.consumer = Consumer(database, wakeups, claims, options, owner=owner)
+        self.consumer = Consumer(
+            database,
+            wakeups,
+            claims,
+            suspects,
+            options,
+            owner=owner,
+            begin=self._background.start,
+        )
         self.producer = Producer(database, wakeups, claims, options)
+        self.remover = Remover(database, wakeups, options)
         self.viewer = Viewer(database, wakeups, options)
-        self.definitions = Definitions(database, options)
-        self.limiter = Limiter(database)
+        self.definitions = Definitions(database, wakeups, options)
+        self.limiter = Limiter(database, claims)
         self._owns_engine = owns_engine
         self._end = self._until_end()
         self._closing: asyncio.Task[None] | None = None
@@ -71,16 +102,24 @@ class Session:
         tables: Tables,
         claims: Claims,
         options: Options,
+        *,
+        host_decides: bool,
     ) -> Session:
         """Connect by a URL, or through an engine that stays the application's.
 
+        `host_decides`: the host gives signs of life of its own, and says what is stale.
         Raises BackendError where the server or its tables cannot be used.
         """
         if isinstance(url_or_engine, AsyncEngine):
             engine, ours = url_or_engine, False
         else:
             engine, ours = _engine(url_or_engine, options), True
-        database = Database(engine, tables, dialect_named(engine.dialect.name))
+        database = Database(
+            engine,
+            tables,
+            dialect_named(engine.dialect.name),
+            outage_grace=options.outage_grace,
+        )
         try:
             offset = await database.read("connect", _check_server)
             installation = await _installation(database, options)
@@ -94,7 +133,9 @@ class Session:
                 "from here start that much off; synchronise the clocks",
                 abs(offset),
             )
-        session = cls(database, installation, claims, options, owns_engine=ours)
+        session = cls(
+            database, installation, claims, options, owns_engine=ours, host_decides=host_decides
+        )
         await anext(session._end)
         return session
 
@@ -111,8 +152,12 @@ class Session:
         """Leave without a word: the event loop is closed, or the sockets are the parent's."""
         if self._owns_engine:
             self.database.engine.sync_engine.dispose(close=False)
+        self._background.abandon()
         # Never finalised: the generator's end would signal the parent's event loop.
         _abandoned.append(self._end)
+
+    async def _hand_back_leftovers(self) -> None:
+        await self.consumer.hand_back_leftovers()
 
     async def _until_end(self) -> AsyncGenerator[None, None]:
         """Closes the session when it is closed itself, by whomever.
@@ -125,7 +170,10 @@ class Session:
             yield
         finally:
             try:
-                await self.consumer.close()
+                await self._background.stop_parts()
+                await self.consumer.stop()
+                await self._background.stop_heart()
+                await self.consumer.hand_back_all()
                 await self.database.close()
             finally:
                 if self._owns_engine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from . import _wakeups
@@ -11,6 +11,7 @@ from ._stores import queues as queue_store
 from ._stores import results as result_store
 from ._stores import scheduled as schedule_store
 from ._stores import tasks as task_store
+from ._stores import workflows as workflow_store
 from ._validation import check_keys, check_limit, check_queue, check_timeout
 
 if TYPE_CHECKING:
@@ -65,23 +66,52 @@ class Viewer:
     ) -> dict[str, Payload]:
         """Finished tasks by id; with a timeout all of them, or TimeoutError."""
         check_queue(queue)
-        missing, seconds = check_keys(ids, "task id"), check_timeout(timeout)
+        wanted = check_keys(ids, "task id")
+
+        async def find(missing: Sequence[str]) -> dict[str, str]:
+            return await self._database.read("get results", result_store.get, queue, missing)
+
+        return await self._await_all(
+            {_wakeups.finished(queue, task_id): task_id for task_id in wanted}, find, timeout
+        )
+
+    async def get_workflow_results(
+        self, queue: str, ids: Sequence[str], timeout: float | None
+    ) -> dict[str, Payload]:
+        """Workflows that have completed or failed, like get_results."""
+        check_queue(queue)
+        wanted = check_keys(ids, "workflow id")
+
+        async def find(missing: Sequence[str]) -> dict[str, str]:
+            return await self._database.read(
+                "get workflows", workflow_store.get, queue, missing, finished=True
+            )
+
+        return await self._await_all(
+            {_wakeups.ended(queue, workflow_id): workflow_id for workflow_id in wanted},
+            find,
+            timeout,
+        )
+
+    async def _await_all(
+        self,
+        ids: Mapping[_wakeups.Topic, str],
+        find: Callable[[Sequence[str]], Awaitable[dict[str, str]]],
+        timeout: float | None,
+    ) -> dict[str, Payload]:
+        """What `find` finds of the ids, each of which has a topic of its own."""
+        seconds = check_timeout(timeout)
         found: dict[str, Payload] = {}
 
         async def look(signals: set[_wakeups.Topic]) -> dict[str, Payload] | None:
-            wanted = [
-                task_id
-                for task_id in ([topic[-1] for topic in signals] or missing)
-                if task_id not in found
-            ]
-            texts = await self._database.read("get results", result_store.get, queue, wanted)
-            found.update({task_id: decode(text) for task_id, text in texts.items()})
-            return found if len(found) == len(missing) else None
+            hinted = [ids[topic] for topic in signals] or ids.values()
+            texts = await find([one for one in hinted if one not in found])
+            found.update({one: decode(text) for one, text in texts.items()})
+            return found if len(found) == len(ids) else None
 
-        if not missing:
+        if not ids:
             return {}
-        topics = [_wakeups.finished(queue, task_id) for task_id in missing]
-        with self._wakeups.waiting(topics) as waiter:
+        with self._wakeups.waiting(ids) as waiter:
             complete = await _wakeups.poll(
                 look,
                 waiter,

@@ -43,6 +43,11 @@ def finished(queue: str, task_id: str) -> Topic:
     return ("finished", queue, task_id)
 
 
+def ended(queue: str, workflow_id: str) -> Topic:
+    """That workflow has completed or failed."""
+    return ("ended", queue, workflow_id)
+
+
 class Wakeups:
     """Who waits for what. Waiters may live in different threads' event loops."""
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, any_, literal, null, or_, select
+from sqlalchemy import ARRAY, and_, any_, literal, null, or_, select
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
 
     from .._database import Transaction
+
+CRON_RUN = "________-____-5___-____-____________"
+"""What the ids of a cron's runs look like: UUIDs of version 5, made of the time of the run."""
+CRON_RUN_HELD = 86_400.0
+"""Seconds for which the id of a cron's run stays taken beyond its expiry.
+
+A worker whose clock is slow would schedule the same run once more.
+"""
 
 UNCLAIMED: dict[str, Any] = {"owner": null(), "claim_token": null(), "heartbeat_at": null()}
 
@@ -19,6 +27,12 @@ def unexpired(tx: Transaction) -> ColumnElement[bool]:
     """Whether a result is still there for the caller; the row itself outlives it a little."""
     expires_at = tx.tables.results.c.expires_at
     return or_(expires_at.is_(None), expires_at > tx.dialect.now())
+
+
+def is_held(tx: Transaction) -> ColumnElement[bool]:
+    """Whether the id of an expired result is not free yet."""
+    results = tx.tables.results.c
+    return and_(results.id.like(CRON_RUN), results.expires_at > tx.dialect.now(plus=-CRON_RUN_HELD))
 
 
 def among(

@@ -2,86 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, null, select, update
+from sqlalchemy import Integer, delete, literal_column, null, select, update
 
 from ..schema import CLAIMED, IDLE, PENDING, SCHEDULED
 from . import results as result_store
 from . import scheduled as schedule_store
+from . import tasks as task_store
 from ._common import UNCLAIMED, among
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy import ColumnElement, Select, Update
+
     from .._database import Transaction
     from .._payloads import TaskRow
 
+MOST_STALE = 1000
+"""Claims that one call takes over, the host's number."""
 
-async def has_pending(tx: Transaction, queue: str) -> bool:
+# A literal, like the states: a partial index has it in its predicate.
+NONE = literal_column("0", Integer)
+
+
+async def has_pending(tx: Transaction, queue: str, *, suspects: bool = False) -> bool:
     """Whether a claim could find anything."""
     tasks = tx.tables.tasks
-    found = select(1).where(tasks.c.queue == queue, tasks.c.state == PENDING)
+    found = select(1).where(*_pending(tx, queue, suspects=suspects))
     # Ordered, or SQLite may prefer the table to the index where one queue holds most tasks.
     return await tx.scalar(found.order_by(tasks.c.position).limit(1)) is not None
 
 
 async def claim(
-    tx: Transaction, queue: str, limit: int, owner: str, token: int
+    tx: Transaction, queue: str, limit: int, owner: str, token: int, *, suspects: bool = False
 ) -> list[tuple[str, str]]:
     """(id, payload) of up to `limit` pending tasks, now the owner's, first in first out.
 
-    Tasks that another transaction has locked are skipped, not waited for.
+    Either of those whose worker has never died, or of the others, the suspects. Tasks that
+    another transaction has locked are skipped, not waited for.
     """
     tasks = tx.tables.tasks
+    if tx.repeated:
+        # Claimed at the first try, though its answer was lost?
+        mine = select(tasks.c.id, tasks.c.payload).where(*_under(tx, owner, token))
+        if taken := await tx.rows(mine.order_by(tasks.c.position)):
+            return [(row.id, row.payload) for row in taken]
     picked = (
         select(tasks.c.id)
-        .where(tasks.c.queue == queue, tasks.c.state == PENDING)
+        .where(*_pending(tx, queue, suspects=suspects))
         .order_by(tasks.c.position)
         .limit(limit)
-        .with_for_update(skip_locked=True)
-        # MATERIALIZED: inlined, the planner may run the LIMIT again per row and claim too many.
-        .cte("picked")
-        .prefix_with("MATERIALIZED")
     )
-    statement = (
-        update(tasks)
-        .where(tasks.c.queue == queue, tasks.c.id == picked.c.id)
-        .values(state=CLAIMED, owner=owner, claim_token=token, heartbeat_at=tx.dialect.now())
-        .returning(tasks.c.id, tasks.c.payload, tasks.c.position)
+    statement = _take(tx, queue, picked, owner, token).returning(
+        tasks.c.id, tasks.c.payload, tasks.c.position
     )
     # RETURNING promises no order.
     claimed = sorted(await tx.rows(statement), key=lambda row: row.position)
     return [(row.id, row.payload) for row in claimed]
 
 
-async def release(tx: Transaction, owner: str, token: int | None) -> set[str]:
-    """Hand back what one claim, or (None) the owner, holds; the queues concerned.
+async def take_over(
+    tx: Transaction, queue: str, min_idle: float, owner: str, token: int
+) -> list[tuple[str, str]]:
+    """(id, payload) of others' claims without a sign of life for `min_idle` seconds, now ours.
 
-    Each task goes to its old place in line.
+    Each counts as a crash.
     """
     tasks = tx.tables.tasks
-    held = update(tasks).where(tasks.c.owner == owner, tasks.c.state == CLAIMED)
-    if token is not None:
-        held = held.where(tasks.c.claim_token == token)
+    if tx.repeated:
+        mine = select(tasks.c.id, tasks.c.payload).where(*_under(tx, owner, token))
+        if taken := await tx.rows(mine.order_by(tasks.c.id)):
+            return [(row.id, row.payload) for row in taken]
+    stale = (
+        select(tasks.c.id)
+        .where(
+            tasks.c.queue == queue,
+            tasks.c.state == CLAIMED,
+            tasks.c.owner != owner,
+            tasks.c.heartbeat_at <= tx.dialect.now(plus=-min_idle),
+        )
+        .order_by(tasks.c.id)
+        .limit(MOST_STALE)
+    )
+    statement = (
+        _take(tx, queue, stale, owner, token)
+        .values(crashes=tasks.c.crashes + 1)
+        .returning(tasks.c.id, tasks.c.payload)
+    )
+    return sorted((row.id, row.payload) for row in await tx.rows(statement))
+
+
+async def renew(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
+    """A sign of life for claims, tokens by id, that still hold."""
+    await tx.execute(
+        update(tx.tables.tasks)
+        .where(*_held(tx, queue, claims))
+        .values(heartbeat_at=tx.dialect.now())
+    )
+
+
+async def release(
+    tx: Transaction, owner: str, token: int | None, ids: Sequence[str] | None = None
+) -> set[str]:
+    """Hand back what one claim, or (None) the owner, holds; the queues concerned.
+
+    Of a claim only some `ids`, if given. Each task goes to its old place in line.
+    """
+    tasks = tx.tables.tasks
+    held = update(tasks).where(*_under(tx, owner, token))
+    if ids is not None:
+        held = held.where(among(tx, tasks.c.id, ids))
     statement = held.values(state=PENDING, **UNCLAIMED).returning(tasks.c.queue)
     return {row.queue for row in await tx.rows(statement)}
 
 
+async def lock_claims(tx: Transaction, owner: str) -> Sequence[Any]:
+    """The owner's claims, but those that it is ending at this moment."""
+    tasks = tx.tables.tasks
+    held = (
+        select(tasks.c.queue, tasks.c.id, tasks.c.payload, tasks.c.claim_token, tasks.c.crashes)
+        .where(*_under(tx, owner, None))
+        .order_by(tasks.c.queue, tasks.c.id)
+        .with_for_update(skip_locked=True)
+    )
+    return await tx.rows(held)
+
+
+async def release_crashed(tx: Transaction, owner: str, claimed: Iterable[tuple[str, str]]) -> None:
+    """Return a dead owner's tasks, (queue, id) in order, to their old places in line."""
+    tasks = tx.tables.tasks
+    for queue, of_queue in groupby(claimed, key=lambda claim: claim[0]):
+        ids = [task_id for _, task_id in of_queue]
+        await tx.execute(
+            update(tasks)
+            .where(
+                tasks.c.queue == queue,
+                among(tx, tasks.c.id, ids),
+                tasks.c.owner == owner,
+                tasks.c.state == CLAIMED,
+            )
+            .values(state=PENDING, crashes=tasks.c.crashes + 1, **UNCLAIMED)
+        )
+
+
+async def get_suspect_queues(tx: Transaction) -> list[str]:
+    """Queues in which a task waits whose worker has died."""
+    tasks = tx.tables.tasks
+    waiting = select(tasks.c.queue).where(tasks.c.state == PENDING, tasks.c.crashes > NONE)
+    return [row.queue for row in await tx.rows(waiting.group_by(tasks.c.queue))]
+
+
 async def end(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
     """End claims, tokens by id, where they still hold; the tasks stay, in no queue."""
-    tasks = tx.tables.tasks
-    ids = sorted(claims)
-    statement = (
-        update(tasks)
-        .where(
-            tasks.c.queue == queue,
-            among(tx, tasks.c.id, ids),
-            # A token is of one instance's pop: a task under it is one that was asked for.
-            among(tx, tasks.c.claim_token, [claims[task_id] for task_id in ids]),
-        )
+    await tx.execute(
+        update(tx.tables.tasks)
+        .where(*_held(tx, queue, claims))
         .values(state=IDLE, position=null(), **UNCLAIMED)
     )
-    await tx.execute(statement)
 
 
 async def finish(
@@ -102,7 +183,8 @@ async def finish(
         mine = mine.where(tasks.c.claim_token == token)
     ended = await tx.rows(mine.returning(tasks.c.append_token))
     if not ended:
-        return False
+        # Stored at the first try, though its answer was lost?
+        return tx.repeated and await result_store.is_of_claim(tx, queue, row.id, token)
     await result_store.put(tx, queue, row, token, ended[0].append_token, ttl)
     return True
 
@@ -126,10 +208,72 @@ async def set_aside(
         .where(tasks.c.queue == queue, tasks.c.id == row.id, tasks.c.claim_token == token)
         .values(payload=row.payload, status=row.status, state=state, position=null(), **UNCLAIMED)
     )
-    held = await tx.count(statement) > 0
-    if held and retry_in is not None:
-        await schedule_store.park(tx, queue, row.id, retry_in)
-    return held
+    if await tx.count(statement) == 0:
+        return tx.repeated and await schedule_store.is_parked(tx, queue, row.id, token)
+    if retry_in is not None:
+        await schedule_store.park(tx, queue, row.id, retry_in, token)
+    return True
+
+
+async def postpone(
+    tx: Transaction, queue: str, row: TaskRow, token: int, run_at: datetime, append_token: int
+) -> None:
+    """End a claim, if it still holds, by scheduling its task."""
+    tasks = tx.tables.tasks
+    if tx.repeated and await task_store.find_appended(tx, queue, [row.id], append_token):
+        return
+    statement = (
+        update(tasks)
+        .where(tasks.c.queue == queue, tasks.c.id == row.id, tasks.c.claim_token == token)
+        .values(
+            payload=row.payload,
+            status=row.status,
+            state=SCHEDULED,
+            position=null(),
+            append_token=append_token,
+            **UNCLAIMED,
+        )
+    )
+    if await tx.count(statement) > 0:
+        await schedule_store.put(tx, queue, row.id, run_at)
+
+
+def _take(
+    tx: Transaction, queue: str, picked: Select[tuple[str]], owner: str, token: int
+) -> Update:
+    """Make the picked tasks the owner's, skipping those that others have locked."""
+    tasks = tx.tables.tasks
+    # MATERIALIZED: inlined, the planner may run the LIMIT again per row and claim too many.
+    chosen = picked.with_for_update(skip_locked=True).cte("picked").prefix_with("MATERIALIZED")
+    return (
+        update(tasks)
+        .where(tasks.c.queue == queue, tasks.c.id == chosen.c.id)
+        .values(state=CLAIMED, owner=owner, claim_token=token, heartbeat_at=tx.dialect.now())
+    )
+
+
+def _pending(tx: Transaction, queue: str, *, suspects: bool) -> list[ColumnElement[bool]]:
+    tasks = tx.tables.tasks
+    crashed = tasks.c.crashes > NONE if suspects else tasks.c.crashes == NONE
+    return [tasks.c.queue == queue, tasks.c.state == PENDING, crashed]
+
+
+def _under(tx: Transaction, owner: str, token: int | None) -> list[ColumnElement[bool]]:
+    """Under one claim of an owner, or (None) any."""
+    tasks = tx.tables.tasks
+    held = [tasks.c.owner == owner, tasks.c.state == CLAIMED]
+    return held if token is None else [*held, tasks.c.claim_token == token]
+
+
+def _held(tx: Transaction, queue: str, claims: Mapping[str, int]) -> list[ColumnElement[bool]]:
+    """Under the claims, tokens by id."""
+    tasks = tx.tables.tasks
+    return [
+        tasks.c.queue == queue,
+        among(tx, tasks.c.id, sorted(claims)),
+        # A token is of one instance's pop: a task under it is one that was asked for.
+        among(tx, tasks.c.claim_token, sorted(set(claims.values()))),
+    ]
 
 
 async def _store(tx: Transaction, queue: str, row: TaskRow) -> None:

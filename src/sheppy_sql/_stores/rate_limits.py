@@ -22,8 +22,10 @@ async def acquire(
     max_rate: int,
     period: timedelta,
     fixed_window: bool,
-) -> float | None:
-    """None where the task may start, its place in the window taken; else seconds to wait.
+) -> tuple[float, datetime] | None:
+    """None where the task may start, its place in the window taken.
+
+    Else seconds to wait, and until when that is by the database's clock.
 
     Sliding: at most `max_rate` starts in the last `period`. Fixed: at most that
     many since the window's first start. Those who wait are spread out, one
@@ -40,7 +42,7 @@ async def acquire(
     if limiter.next_slot_at is not None:
         slot = max(slot, limiter.next_slot_at + period / max_rate)
     await _save(tx, limiter, next_slot_at=slot)
-    return (slot - now).total_seconds()
+    return (slot - now).total_seconds(), slot
 
 
 async def _lock(tx: Transaction, queue: str, key: str) -> Any:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, null, select
+from sqlalchemy import delete, null, select, tuple_
 
-from ._common import among, unexpired
+from ._common import among, is_held, unexpired
 
 if TYPE_CHECKING:
     from .._database import Transaction
     from .._payloads import TaskRow
+
+
+KEPT = 600.0
+"""Seconds for which an expired result's row stays, so that a lost answer is still recognised."""
 
 
 async def put(
@@ -46,6 +50,36 @@ async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]
         results.c.queue == queue, among(tx, results.c.id, ids), unexpired(tx)
     )
     return {row.id: row.payload for row in await tx.rows(statement)}
+
+
+async def prune(tx: Transaction, most: int) -> int:
+    """Delete up to `most` results that expired a while ago, the oldest first; how many there were.
+
+    Those that another transaction has locked are left to a later call.
+    """
+    results = tx.tables.results
+    old = (
+        select(results.c.queue, results.c.id)
+        .where(results.c.expires_at <= tx.dialect.now(plus=-KEPT), ~is_held(tx))
+        .order_by(results.c.expires_at)
+        .limit(most)
+        .with_for_update(skip_locked=True)
+        .cte("old")
+        .prefix_with("MATERIALIZED")
+    )
+    pruned = delete(results).where(
+        tuple_(results.c.queue, results.c.id).in_(select(old.c.queue, old.c.id))
+    )
+    return await tx.count(pruned)
+
+
+async def is_of_claim(tx: Transaction, queue: str, task_id: str, token: int | None) -> bool:
+    """Whether the result was stored under this claim."""
+    results = tx.tables.results
+    stored = select(1).where(
+        results.c.queue == queue, results.c.id == task_id, results.c.claim_token == token
+    )
+    return await tx.scalar(stored) is not None
 
 
 async def remove(tx: Transaction, queue: str, task_id: str) -> None:

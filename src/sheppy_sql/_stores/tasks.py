@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
@@ -15,12 +15,13 @@ from sqlalchemy import (
     func,
     literal,
     null,
+    or_,
     select,
     union_all,
 )
 
-from ..schema import PENDING, POSITION_STEP, Timestamp
-from ._common import UNCLAIMED, among, unexpired
+from ..schema import PENDING, POSITION_STEP, SCHEDULED, Timestamp
+from ._common import UNCLAIMED, among, is_held, unexpired
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 STATEMENT_BYTES = 32 * 1024 * 1024
 """Payload in one statement: PostgreSQL ends a message at 1 GiB, memory may end earlier."""
 
-REPLACED = ("payload", "state", "append_token", "func", "status", "created_at")
-"""Columns of a task that is stored anew; its position and its claim follow rules of their own."""
+REPLACED = ("payload", "state", "func", "status", "created_at")
+"""Columns of a task that is stored anew; the others follow rules of their own.
+
+Its crashes stay: whoever postpones or retries it knows nothing of them.
+"""
 
 STATEMENT_ROWS = POSITION_STEP // 10
 
@@ -48,6 +52,11 @@ async def add(
     snapshot shows the result that has taken its place.
     """
     tasks = tx.tables.tasks
+    if tx.repeated:
+        # Added at the first try, though its answer was lost?
+        before = await find_appended(tx, queue, [row.id for row in rows], token)
+        if before:
+            return before
     added: set[str] = set()
     for chunk in _chunks(rows):
         insertion = tx.dialect.insert(tasks).from_select(*_stored(tx, queue, chunk, token, state))
@@ -59,15 +68,25 @@ async def add(
 
 
 async def put(
-    tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int, state: ColumnElement[str]
-) -> None:
+    tx: Transaction,
+    queue: str,
+    rows: Sequence[TaskRow],
+    token: int,
+    state: ColumnElement[str],
+    promoted: Container[str] = (),
+) -> bool:
     """Store tasks whatever they were before, and end every claim on them.
 
-    One that is pending and stays so keeps its place in line; all others go to the tail.
+    One that is pending and stays so keeps its place in line; all others go to the tail. Those
+    `promoted` from the schedule stay the tasks that they were, by the token of their append.
+    False where the first try has done it, though its answer was lost.
     """
     tasks = tx.tables.tasks
+    if tx.repeated and await find_appended(tx, queue, [row.id for row in rows], token):
+        return False
     for chunk in _chunks(rows):
-        insertion = tx.dialect.insert(tasks).from_select(*_stored(tx, queue, chunk, token, state))
+        stored = _stored(tx, queue, chunk, token, state, promoted)
+        insertion = tx.dialect.insert(tasks).from_select(*stored)
         new = insertion.excluded
         stays = and_(tasks.c.state == PENDING, new.state == PENDING)
         statement = insertion.on_conflict_do_update(
@@ -75,6 +94,7 @@ async def put(
             set_={
                 **{name: new[name] for name in REPLACED},
                 **UNCLAIMED,
+                "append_token": func.coalesce(new.append_token, tasks.c.append_token),
                 "position": case((stays, tasks.c.position), else_=new.position),
             },
         )
@@ -85,6 +105,18 @@ async def put(
     await tx.execute(
         delete(scheduled).where(scheduled.c.queue == queue, among(tx, scheduled.c.task_id, ids))
     )
+    return True
+
+
+async def find_appended(tx: Transaction, queue: str, ids: Sequence[str], token: int) -> set[str]:
+    """Those of the ids that the append of this token stored, whatever became of them since."""
+    found: set[str] = set()
+    for table in (tx.tables.tasks, tx.tables.results):
+        statement = select(table.c.id).where(
+            table.c.queue == queue, among(tx, table.c.id, ids), table.c.append_token == token
+        )
+        found.update(row.id for row in await tx.rows(statement))
+    return found
 
 
 async def exists(tx: Transaction, queue: str, task_id: str) -> bool:
@@ -101,6 +133,32 @@ async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]
         results.c.queue == queue, among(tx, results.c.id, ids), unexpired(tx)
     )
     return {row.id: row.payload for row in await tx.rows(union_all(ended, live))}
+
+
+async def lock_waiting(tx: Transaction, queue: str, task_id: str) -> str | None:
+    """The payload of a task that waits in line or for its time; None where it does not."""
+    tasks = tx.tables.tasks
+    statement = select(tasks.c.payload).where(
+        tasks.c.queue == queue,
+        tasks.c.id == task_id,
+        or_(tasks.c.state == PENDING, tasks.c.state == SCHEDULED),
+    )
+    payload: str | None = await tx.scalar(statement.with_for_update())
+    return payload
+
+
+async def remove(tx: Transaction, queue: str, task_id: str) -> bool:
+    """Delete a task in any state, with its schedule; False where there was none to be seen."""
+    tasks, results, scheduled = tx.tables.tasks, tx.tables.results, tx.tables.scheduled_tasks
+    live = delete(tasks).where(tasks.c.queue == queue, tasks.c.id == task_id)
+    ended = results.c.queue == queue, results.c.id == task_id
+    existed = await tx.count(live) > 0
+    existed |= await tx.scalar(select(1).where(*ended, unexpired(tx))) is not None
+    await tx.execute(delete(results).where(*ended))
+    await tx.execute(
+        delete(scheduled).where(scheduled.c.queue == queue, scheduled.c.task_id == task_id)
+    )
+    return existed
 
 
 async def get_all(tx: Transaction, queue: str) -> list[str]:
@@ -134,7 +192,7 @@ async def _remove_finished(tx: Transaction, queue: str, ids: Sequence[str], toke
     """The ids just added that stand among the results after all; removed again."""
     tasks, results = tx.tables.tasks, tx.tables.results
     finished = select(results.c.id).where(
-        results.c.queue == queue, among(tx, results.c.id, ids), unexpired(tx)
+        results.c.queue == queue, among(tx, results.c.id, ids), or_(unexpired(tx), is_held(tx))
     )
     statement = delete(tasks).where(
         tasks.c.queue == queue, tasks.c.append_token == token, tasks.c.id.in_(finished)
@@ -143,7 +201,12 @@ async def _remove_finished(tx: Transaction, queue: str, ids: Sequence[str], toke
 
 
 def _stored(
-    tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int, state: ColumnElement[str]
+    tx: Transaction,
+    queue: str,
+    rows: Sequence[TaskRow],
+    token: int,
+    state: ColumnElement[str],
+    promoted: Container[str] = (),
 ) -> tuple[list[str], Any]:
     """Columns and SELECT for an INSERT: positions in the caller's order, locks in the ids'."""
     order = sorted(range(len(rows)), key=lambda index: rows[index].id)
@@ -153,6 +216,10 @@ def _stored(
         "func": (Text(), [rows[index].func for index in order]),
         "status": (Text(), [rows[index].status for index in order]),
         "created_at": (Timestamp(), [rows[index].created_at for index in order]),
+        "append_token": (
+            BigInteger(),
+            [None if rows[index].id in promoted else token for index in order],
+        ),
     }
     item = tx.dialect.unnest({**columns, "place": (BigInteger(), order)})
     values = {
@@ -160,7 +227,6 @@ def _stored(
         "queue": literal(queue, Text),
         "state": state,
         "position": _first_position(tx, queue) + item.c.place if state is PENDING else null(),
-        "append_token": literal(token, BigInteger),
     }
     return list(values), select(*values.values()).order_by(item.c.ordinal)
 

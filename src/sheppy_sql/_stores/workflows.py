@@ -44,12 +44,16 @@ async def put(
         )
 
 
-async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
-    """Payloads of those that exist, by id."""
+async def get(
+    tx: Transaction, queue: str, ids: Sequence[str], *, finished: bool = False
+) -> dict[str, str]:
+    """Payloads of those that exist, or of those that have finished, by id."""
     workflows = tx.tables.workflows
     statement = select(workflows.c.id, workflows.c.payload).where(
         workflows.c.queue == queue, among(tx, workflows.c.id, ids)
     )
+    if finished:
+        statement = statement.where(workflows.c.finished)
     return {row.id: row.payload for row in await tx.rows(statement)}
 
 

@@ -1,0 +1,192 @@
+"""A backend instance's signs of life, from a thread of its own.
+
+The event loop may be busy for minutes with a task that computes, and its tasks must stay its own
+all the while. Only what stops the whole process, or holds the interpreter's lock, stops this too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+from sheppy import BackendError
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ._database import Database
+from ._process import Process
+from ._stores import consumers as consumer_store
+from ._stores.consumers import Policy
+from ._wakeups import sleep_until
+
+if TYPE_CHECKING:
+    from ._options import Options
+
+logger = logging.getLogger("sheppy_sql")
+
+BEATS_PER_LEASE = 6
+"""So that several may fail before anybody believes in a death."""
+SHARE_OF_LEASE = 5 / 6
+"""For how long a beat counts; the rest of the lease is for others to notice."""
+TURN = 1.0  # seconds between two signs of the event loop
+LONGEST_STOP = 5.0  # seconds
+
+_beating: weakref.WeakSet[Heart] = weakref.WeakSet()
+
+
+class Heart:
+    """Keeps the row of one consumer fresh, through a connection of its own."""
+
+    def __init__(
+        self,
+        database: Database,
+        process: Process,
+        options: Options,
+        *,
+        owner: str,
+    ) -> None:
+        self._database = database
+        self._process = process
+        self._policy = Policy(options.on_crash, options.max_crashes)
+        self._owner = owner
+        self._lease = options.lease
+        self._max_loop_stall = options.max_loop_stall
+        self._loop = asyncio.get_running_loop()
+        self._turned = time.monotonic()
+        self._tick: asyncio.TimerHandle | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = asyncio.Event()
+        # Of the thread's own loop, once it runs.
+        self._stopping: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._stopped = False
+
+    async def start(self) -> None:
+        """Be known, and beat from now on."""
+        await self._beat(self._database)
+        self._turn()
+        self._thread = threading.Thread(target=self._run, name="sheppy-sql-heart", daemon=True)
+        self._thread.start()
+        _beating.add(self)
+
+    async def close(self) -> None:
+        """Beat no more. What is held is to be handed back before."""
+        if self._thread is None:
+            return
+        self.stop()
+        # A beat may be waiting for a server that does not answer; the process need not.
+        await sleep_until(self._ended, LONGEST_STOP)
+
+    def stop(self) -> None:
+        """End the thread soon, from whatever thread; does nothing in a forked child."""
+        self._stopped = True
+        if self._tick is not None:
+            self._tick.cancel()
+        if self._stopping is not None and self._process.pid == os.getpid():
+            loop, event = self._stopping
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(event.set)
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join(LONGEST_STOP)
+
+    def _turn(self) -> None:
+        self._turned = time.monotonic()
+        self._tick = self._loop.call_later(min(TURN, self._lease / 20), self._turn)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._keep_beating())
+        finally:
+            _beating.discard(self)
+            with contextlib.suppress(RuntimeError):  # nobody waits for it any longer
+                self._loop.call_soon_threadsafe(self._ended.set)
+
+    async def _keep_beating(self) -> None:
+        stopping = asyncio.Event()
+        self._stopping = asyncio.get_running_loop(), stopping
+        engine = _twin(self._database.engine)
+        database = Database(
+            engine,
+            self._database.tables,
+            self._database.dialect,
+            outage_grace=self._lease,
+            reached=True,
+        )
+        waiting: asyncio.Task[None] = asyncio.create_task(self._beat_until(stopping, database))
+        stopped = asyncio.create_task(stopping.wait())
+        try:
+            await asyncio.wait([waiting, stopped], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (waiting, stopped):
+                task.cancel()
+            await asyncio.wait([waiting, stopped])
+            await database.close()
+            await engine.dispose()
+
+    async def _beat_until(self, stopping: asyncio.Event, database: Database) -> None:
+        complaint: str | None = None
+        while not self._stopped and not self._loop.is_closed():
+            await sleep_until(stopping, self._lease / BEATS_PER_LEASE)
+            try:
+                await self._beat(database)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the next beat must come
+                if str(error) != complaint:
+                    logger.warning("%s; tasks that take long may be run again", error)
+                complaint = str(error)
+            else:
+                complaint = None
+
+    async def _beat(self, database: Database) -> None:
+        idle = time.monotonic() - self._turned
+        if self._max_loop_stall is not None and idle > self._max_loop_stall:
+            raise BackendError(
+                f"The event loop has not turned for {self._max_loop_stall:g} s, which is "
+                f"max_loop_stall: the leases of {self._owner} are not renewed"
+            )
+        await database.write(
+            "renew leases",
+            consumer_store.beat,
+            self._owner,
+            self._process,
+            self._policy,
+            lease=self._lease * SHARE_OF_LEASE,
+            loop_idle=idle,
+        )
+
+
+def _twin(engine: AsyncEngine) -> AsyncEngine:
+    """An engine that connects as another does, for another event loop."""
+    original = engine.sync_engine
+    # The pool's own recipe, so that what the application does on connecting is done here too.
+    return AsyncEngine(
+        Engine(
+            original.pool.recreate(),
+            original.dialect,
+            original.url,
+            logging_name=original.logging_name,
+            hide_parameters=True,
+        )
+    )
+
+
+def _stop_all() -> None:
+    """A daemon's thread must not run into the end of the interpreter."""
+    hearts = list(_beating)
+    for heart in hearts:
+        heart.stop()
+    for heart in hearts:
+        heart.join()
+
+
+atexit.register(_stop_all)
+if hasattr(os, "register_at_fork"):
+    # They beat in the parent.
+    os.register_at_fork(after_in_child=_beating.clear)

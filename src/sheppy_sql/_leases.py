@@ -1,0 +1,139 @@
+"""Returning what dead workers had taken."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import _wakeups
+from ._payloads import Payload, decode, encode_task
+from ._process import is_gone
+from ._stores import chores as chore_store
+from ._stores import claims as claim_store
+from ._stores import consumers as consumer_store
+from ._stores.consumers import Policy
+
+if TYPE_CHECKING:
+    from ._database import Database, Transaction
+    from ._options import Options
+    from ._process import Process
+    from ._suspects import Suspects
+    from ._wakeups import Wakeups
+
+logger = logging.getLogger("sheppy_sql")
+
+CHECKS_PER_LEASE = 12
+LONGEST_INTERVAL = 5.0  # seconds between two looks for dead workers
+FAIL = "fail"
+UNKNOWN_OWNERS, UNKNOWN_OWNERS_INTERVAL = "return claims of unknown owners", 60.0  # seconds
+
+
+class Returned(NamedTuple):
+    """What became of a dead worker's tasks: (queue, id) of each."""
+
+    requeued: list[tuple[str, str]]
+    failed: list[tuple[str, str]]
+
+
+class Leases:
+    """Looks for dead workers; for those of this machine by their processes as well."""
+
+    def __init__(
+        self,
+        database: Database,
+        wakeups: Wakeups,
+        suspects: Suspects,
+        options: Options,
+        process: Process,
+        *,
+        owner: str,
+        host_decides: bool,
+    ) -> None:
+        self._database = database
+        self._wakeups = wakeups
+        self._suspects = suspects
+        self._options = options
+        self._process = process
+        self._owner = owner
+        self._host_decides = host_decides
+        self.interval = min(options.lease / CHECKS_PER_LEASE, LONGEST_INTERVAL)
+
+    async def reclaim(self) -> None:
+        """Return the claims of those who died, and see which queues have suspects.
+
+        The former only where the host has no say in it.
+        """
+        if not self._host_decides:
+            await self._reclaim_from_known()
+            if await self._database.write(
+                "look for unknown workers",
+                chore_store.take,
+                UNKNOWN_OWNERS,
+                UNKNOWN_OWNERS_INTERVAL,
+            ):
+                await self._reclaim_from_unknown()
+        queues = await self._database.read("look for suspects", claim_store.get_suspect_queues)
+        self._suspects.saw(queues)
+        # Whoever waits here may be the one that is free for them.
+        self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
+
+    async def _reclaim_from_known(self) -> None:
+        absentees = await self._database.read(
+            "look for dead workers", consumer_store.get_absentees, self._owner, self._process
+        )
+        for absentee in absentees:
+            if absentee.expired or is_gone(absentee.process):
+                await self._return_claims(absentee.id, absentee.policy)
+
+    async def _reclaim_from_unknown(self) -> None:
+        owners = await self._database.read(
+            "look for unknown workers", consumer_store.get_unknown_owners
+        )
+        for owner in owners:
+            await self._return_claims(
+                owner, Policy(self._options.on_crash, self._options.max_crashes)
+            )
+
+    async def _return_claims(self, owner: str, policy: Policy) -> None:
+        returned = await self._database.write(
+            "return a dead worker's tasks", self._return, owner, policy
+        )
+        if returned.requeued or returned.failed:
+            logger.warning(
+                "Worker %s died: of its tasks %d are taken again and %d have failed",
+                owner,
+                len(returned.requeued),
+                len(returned.failed),
+            )
+        self._wakeups.wake(
+            [_wakeups.pending(queue) for queue in {queue for queue, _ in returned.requeued}]
+            + [_wakeups.finished(queue, task_id) for queue, task_id in returned.failed]
+        )
+
+    async def _return(self, tx: Transaction, owner: str, policy: Policy) -> Returned:
+        returned = Returned([], [])
+        for claim in await claim_store.lock_claims(tx, owner):
+            crashes = claim.crashes + 1
+            if policy.on_crash == FAIL or crashes >= policy.max_crashes:
+                failed = _failed(decode(claim.payload), owner, crashes)
+                row = encode_task(failed, len(claim.payload) * 2 + 10_000)
+                ttl = self._options.ttl_for(failed)
+                await claim_store.finish(tx, claim.queue, row, claim.claim_token, ttl)
+                returned.failed.append((claim.queue, claim.id))
+            else:
+                returned.requeued.append((claim.queue, claim.id))
+        if returned.requeued:
+            await claim_store.release_crashed(tx, owner, returned.requeued)
+        return returned
+
+
+def _failed(payload: Payload, owner: str, crashes: int) -> Payload:
+    times = "" if crashes == 1 else f", the last of {crashes} that died so"
+    return {
+        **payload,
+        "status": "failed",
+        "result": None,
+        "error": f"WorkerDied: worker {owner} died while it had this task{times}",
+        "finished_at": datetime.now(timezone.utc).isoformat(),
+    }
