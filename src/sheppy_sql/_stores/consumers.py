@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import and_, delete, null, or_, select
+from sqlalchemy import and_, delete, func, null, or_, select
 
 from .._process import Process
 from ..schema import CLAIMED
@@ -20,7 +20,7 @@ LONGEST_ABSENCE = 600.0
 A claim that it committed in the very moment of its death is found by it.
 """
 LONGEST_UNKNOWN = 3600.0
-"""Seconds for which the claim of a consumer that nobody knows is left alone."""
+"""Seconds after its last claim for which an owner that is no consumer is left alone."""
 
 
 class Policy(NamedTuple):
@@ -94,17 +94,14 @@ async def get_absentees(tx: Transaction, owner: str, process: Process) -> list[A
 
 
 async def get_unknown_owners(tx: Transaction) -> Sequence[str]:
-    """Owners of old claims who are no consumers: of a release without them, for one."""
+    """Owners who are no consumers and have taken nothing for long: of a release before those."""
     tasks, consumers = tx.tables.tasks, tx.tables.consumers
     known = select(consumers.c.id).where(consumers.c.id == tasks.c.owner).exists()
     statement = (
         select(tasks.c.owner)
-        .where(
-            tasks.c.state == CLAIMED,
-            tasks.c.heartbeat_at <= tx.dialect.now(plus=-LONGEST_UNKNOWN),
-            ~known,
-        )
+        .where(tasks.c.state == CLAIMED, ~known)
         .group_by(tasks.c.owner)
+        .having(func.max(tasks.c.heartbeat_at) <= tx.dialect.now(plus=-LONGEST_UNKNOWN))
         .order_by(tasks.c.owner)
     )
     return [row.owner for row in await tx.rows(statement)]
