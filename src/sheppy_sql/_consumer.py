@@ -255,8 +255,9 @@ class Consumer:
             token,
             None if ids is None else sorted(ids),
         )
-        if self._leftovers.get(token) == ids:
-            del self._leftovers[token]
+        # More of it may have been left meanwhile, or another have handed it back.
+        if self._leftovers.get(token, ids) == ids:
+            self._leftovers.pop(token, None)
         self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
 
     async def _set_aside(self, queue: str, row: TaskRow, task: Payload, token: int | None) -> bool:
