@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, and_, any_, literal, null, or_, select
+from sqlalchemy import ARRAY, and_, any_, delete, literal, null, or_, select, tuple_
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import CTE, ColumnElement, Delete, Table
 
     from .._database import Transaction
 
@@ -33,6 +33,22 @@ def is_held(tx: Transaction) -> ColumnElement[bool]:
     """Whether the id of an expired result is not free yet."""
     results = tx.tables.results.c
     return and_(results.id.like(CRON_RUN), results.expires_at > tx.dialect.now(plus=-CRON_RUN_HELD))
+
+
+def in_order(table: Table, *conditions: ColumnElement[bool]) -> CTE:
+    """The keys of rows, which are locked in the order in which everybody locks.
+
+    A statement over many rows takes its locks as it finds them: two of those can deadlock.
+    """
+    key = list(table.primary_key.columns)
+    locked = select(*key).where(*conditions).order_by(*key).with_for_update()
+    return locked.cte("locked").prefix_with("MATERIALIZED")
+
+
+def delete_in_order(table: Table, *conditions: ColumnElement[bool]) -> Delete:
+    """A DELETE of many rows that deadlocks with no other statement of ours."""
+    locked = in_order(table, *conditions)
+    return delete(table).where(tuple_(*table.primary_key.columns).in_(select(locked)))
 
 
 def among(

@@ -12,7 +12,7 @@ from ..schema import CLAIMED, IDLE, PENDING, SCHEDULED
 from . import results as result_store
 from . import scheduled as schedule_store
 from . import tasks as task_store
-from ._common import UNCLAIMED, among
+from ._common import UNCLAIMED, among, in_order
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -98,11 +98,8 @@ async def take_over(
 
 async def renew(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
     """A sign of life for claims, tokens by id, that still hold."""
-    await tx.execute(
-        update(tx.tables.tasks)
-        .where(*_held(tx, queue, claims))
-        .values(heartbeat_at=tx.dialect.now())
-    )
+    renewed = _update_in_order(tx, *_held(tx, queue, claims))
+    await tx.execute(renewed.values(heartbeat_at=tx.dialect.now()))
 
 
 async def release(
@@ -113,10 +110,11 @@ async def release(
     Of a claim only some `ids`, if given. Each task goes to its old place in line.
     """
     tasks = tx.tables.tasks
-    held = update(tasks).where(*_under(tx, owner, token))
+    held = _under(tx, owner, token)
     if ids is not None:
-        held = held.where(among(tx, tasks.c.id, ids))
-    statement = held.values(state=PENDING, **UNCLAIMED).returning(tasks.c.queue)
+        held.append(among(tx, tasks.c.id, ids))
+    released = _update_in_order(tx, *held).values(state=PENDING, **UNCLAIMED)
+    statement = released.returning(tasks.c.queue)
     return {row.queue for row in await tx.rows(statement)}
 
 
@@ -158,11 +156,8 @@ async def get_suspect_queues(tx: Transaction) -> list[str]:
 
 async def end(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
     """End claims, tokens by id, where they still hold; the tasks stay, in no queue."""
-    await tx.execute(
-        update(tx.tables.tasks)
-        .where(*_held(tx, queue, claims))
-        .values(state=IDLE, position=null(), **UNCLAIMED)
-    )
+    ended = _update_in_order(tx, *_held(tx, queue, claims))
+    await tx.execute(ended.values(state=IDLE, position=null(), **UNCLAIMED))
 
 
 async def finish(
@@ -250,6 +245,13 @@ def _take(
         .where(tasks.c.queue == queue, tasks.c.id == chosen.c.id)
         .values(state=CLAIMED, owner=owner, claim_token=token, heartbeat_at=tx.dialect.now())
     )
+
+
+def _update_in_order(tx: Transaction, *conditions: ColumnElement[bool]) -> Update:
+    """An UPDATE of many tasks that deadlocks with no other statement of ours."""
+    tasks = tx.tables.tasks
+    locked = in_order(tasks, *conditions)
+    return update(tasks).where(tasks.c.queue == locked.c.queue, tasks.c.id == locked.c.id)
 
 
 def _pending(tx: Transaction, queue: str, *, suspects: bool) -> list[ColumnElement[bool]]:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import delete, func, select, union
 
 from ..schema import DUE, PENDING
-from ._common import unexpired
+from ._common import among, delete_in_order, unexpired
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, Select, Table
 
     from .._database import Transaction
+
+
+CHUNK = 5_000  # tasks that clear deletes in one statement
 
 
 async def register(tx: Transaction, queue: str) -> None:
@@ -64,12 +67,16 @@ async def clear(tx: Transaction, queue: str) -> int:
     """Delete all but a queue's workflows; how many tasks, in every state, and crons there were."""
     tables = tx.tables
     finished = select(func.count()).where(tables.results.c.queue == queue, unexpired(tx))
+    removed = int(await tx.scalar(finished))
     # The order in which everybody locks: tasks, by id, then results, then the rest.
-    locked = select(tables.tasks.c.id).where(tables.tasks.c.queue == queue)
-    await tx.rows(locked.order_by(tables.tasks.c.id).with_for_update())
-    removed = await tx.count(delete(tables.tasks).where(tables.tasks.c.queue == queue))
-    removed += int(await tx.scalar(finished))
-    for table in (tables.results, tables.rate_limits, tables.rate_limit_entries):
+    while ids := await _lock_some(tx, queue):
+        removed += await tx.count(
+            delete(tables.tasks).where(
+                tables.tasks.c.queue == queue, among(tx, tables.tasks.c.id, ids)
+            )
+        )
+    await tx.execute(delete_in_order(tables.results, tables.results.c.queue == queue))
+    for table in (tables.rate_limits, tables.rate_limit_entries):
         await tx.execute(delete(table).where(table.c.queue == queue))
     # Only what has no task: one may have been scheduled since the tasks were deleted.
     scheduled = tables.scheduled_tasks
@@ -80,6 +87,13 @@ async def clear(tx: Transaction, queue: str) -> int:
     removed += await tx.count(delete(tables.crons).where(tables.crons.c.queue == queue))
     await tx.execute(delete(tables.queues).where(tables.queues.c.name == queue))
     return removed
+
+
+async def _lock_some(tx: Transaction, queue: str) -> list[str]:
+    """The first ids of a queue's tasks, a statement's worth, none of which changes any more."""
+    tasks = tx.tables.tasks
+    some = select(tasks.c.id).where(tasks.c.queue == queue).order_by(tasks.c.id)
+    return [row.id for row in await tx.rows(some.limit(CHUNK).with_for_update())]
 
 
 def _distinct(queue: Column[str]) -> Select[tuple[str]]:

@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 
 from ..schema import PENDING, POSITION_STEP, SCHEDULED, Timestamp
-from ._common import UNCLAIMED, among, is_held, unexpired
+from ._common import UNCLAIMED, among, delete_in_order, is_held, unexpired
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -101,7 +101,9 @@ async def put(
         await tx.execute(statement)
     ids = [row.id for row in rows]
     results, scheduled = tx.tables.results, tx.tables.scheduled_tasks
-    await tx.execute(delete(results).where(results.c.queue == queue, among(tx, results.c.id, ids)))
+    await tx.execute(
+        delete_in_order(results, results.c.queue == queue, among(tx, results.c.id, ids))
+    )
     await tx.execute(
         delete(scheduled).where(scheduled.c.queue == queue, among(tx, scheduled.c.task_id, ids))
     )
