@@ -40,6 +40,9 @@ class SqlBackend(Backend):
             while waiting for a task or a result of another process. Default 0.25.
         migrate: Make or upgrade the tables on connect(). SQLite always does; on
             PostgreSQL prefer "sheppy-sql db upgrade" in the deployment.
+        prepared_statements: Whether PostgreSQL keeps statements between transactions. None
+            (default): unless a pooler such as PgBouncer is found. False: never. True:
+            always, as on a direct connection, or with a PgBouncer that is set up for it.
 
     Raises:
         ValueError: An option or the URL is wrong; nothing has been opened.
@@ -58,6 +61,7 @@ class SqlBackend(Backend):
         connect_timeout: float = 10.0,
         max_poll_interval: float = 0.25,
         migrate: bool = False,
+        prepared_statements: bool | None = None,
     ) -> None:
         database = _database_of(url_or_engine)
         if schema is not None and database == "sqlite":
@@ -73,6 +77,7 @@ class SqlBackend(Backend):
             connect_timeout=connect_timeout,
             max_poll_interval=max_poll_interval,
             migrate=migrate,
+            prepared_statements=prepared_statements,
         )
         self._tables = build_tables(schema, table_prefix)
         self._claims = Claims()

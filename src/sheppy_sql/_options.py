@@ -29,6 +29,7 @@ class Options:
     connect_timeout: float = 10.0
     max_poll_interval: float = 0.25
     migrate: bool = False
+    prepared_statements: bool | None = None
 
     def __post_init__(self) -> None:
         _check_ttl("ttl", self.ttl)
@@ -42,6 +43,8 @@ class Options:
         _check_seconds("max_poll_interval", self.max_poll_interval)
         if not isinstance(self.migrate, bool):
             raise ValueError("migrate must be True or False")
+        if not (self.prepared_statements is None or isinstance(self.prepared_statements, bool)):
+            raise ValueError("prepared_statements must be True, False or None")
 
     def ttl_for(self, status: str | None) -> float | None:
         """Seconds that a finished task of this status is kept; None for ever."""
