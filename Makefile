@@ -35,8 +35,12 @@ torture:  ## run the long tests: many tasks, killed processes, the wheel in a fr
 	$(VENV) test
 	$(BIN)/python -m pytest -m torture $(PYTEST_ARGS)
 
-# Needs PostgreSQL's programs, built with TLS, at the place that pg_config in PATH names.
-test-system:  ## run the tests that need PostgreSQL's own programs (pg_config in PATH)
+# A test whose program is missing fails and says how to install it.
+test-system:  ## run the tests that need PostgreSQL's own programs (pg_config in PATH) and PgBouncer
+	@echo "These tests need:"
+	@echo "  pg_config in PATH, which names PostgreSQL's programs, built with TLS"
+	@echo "  pgbouncer in PATH or /usr/sbin; its service need not run"
+	@echo "On Debian and Ubuntu: apt-get install postgresql libpq-dev pgbouncer"
 	$(VENV) test
 	$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
 

@@ -14,6 +14,8 @@ import pytest
 from sqlalchemy import URL, text
 from sqlalchemy.exc import DBAPIError
 
+from sheppy_sql._dialects.postgresql import PostgreSQL
+from sheppy_sql._urls import parse
 from tests.support.postgres import PostgresServer
 from tests.support.urls import engine_of
 from tests.support.urls import no_defaults as no_defaults
@@ -151,3 +153,36 @@ async def test_a_server_that_does_not_answer_is_given_up_in_time() -> None:
         port = silent.getsockname()[1]
         with pytest.raises(asyncio.TimeoutError):
             await fetch(f"postgresql://postgres@127.0.0.1:{port}?connect_timeout=0.2", "SELECT 1")
+
+
+@pytest.mark.parametrize("query", ["", "?statement_cache_size=50"])
+async def test_a_direct_connection_keeps_statements(
+    private_server: StartServer, query: str
+) -> None:
+    dialect = PostgreSQL()
+    target = parse(f"{private_server().url()}{query}")
+    engine = dialect.create_engine(target, pool_size=1, connect_timeout=10)
+    prepared = text("SELECT name FROM pg_prepared_statements WHERE strpos(statement, 'mine') > 0")
+    names = []
+    for _ in range(2):
+        async with engine.connect() as connection:
+            await dialect.begin(connection, write=False)
+            names.append((await connection.scalars(prepared)).all())
+    await engine.dispose()
+    assert len(names[0]) == 1
+    assert names[0] == names[1]
+
+
+async def test_reads_of_an_engine_with_a_direct_connection_need_no_transaction(
+    private_server: StartServer,
+) -> None:
+    dialect = PostgreSQL()
+    levels = []
+    for _ in range(2):
+        async with engine_of(private_server().url()).connect() as connection:
+            await dialect.begin(connection, write=False)
+            await dialect.check_server(connection)
+            assert connection.sync_connection is not None
+            options = connection.sync_connection.get_execution_options()
+            levels.append(options["isolation_level"])
+    assert levels == ["READ COMMITTED", "AUTOCOMMIT"]

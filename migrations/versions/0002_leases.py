@@ -4,6 +4,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.sql import quoted_name
 
 from sheppy_sql.migrate import names_in_use
 
@@ -36,10 +37,11 @@ def upgrade() -> None:
         constraint = sa.PrimaryKeyConstraint(primary_key, name=f"{prefix}{name}_pkey")
         op.create_table(prefix + name, *columns, constraint, schema=schema)
 
+    dotted = None if schema is None else whole(schema)
     op.add_column(
-        f"{prefix}tasks",
+        whole(f"{prefix}tasks"),
         sa.Column("crashes", sa.Integer, nullable=False, server_default=sa.text("0")),
-        schema=schema,
+        schema=dotted,
     )
     suspect = sa.text("state = 'pending' AND crashes > 0")
     op.create_index(
@@ -50,7 +52,7 @@ def upgrade() -> None:
         postgresql_where=suspect,
         sqlite_where=suspect,
     )
-    op.add_column(f"{prefix}workflows", moment("updated_at"), schema=schema)
+    op.add_column(whole(f"{prefix}workflows"), moment("updated_at"), schema=dotted)
     create(
         "consumers",
         key("id"),
@@ -83,9 +85,15 @@ def downgrade() -> None:
     for name in reversed(TABLES):
         op.drop_table(prefix + name, schema=schema)
     op.drop_index(f"{prefix}tasks_suspect", f"{prefix}tasks", schema=schema)
-    op.drop_column(f"{prefix}workflows", "updated_at", schema=schema)
-    op.drop_column(f"{prefix}tasks", "crashes", schema=schema)
+    dotted = None if schema is None else whole(schema)
+    op.drop_column(whole(f"{prefix}workflows"), "updated_at", schema=dotted)
+    op.drop_column(whole(f"{prefix}tasks"), "crashes", schema=dotted)
     stamp(1, 1)
+
+
+def whole(name: str) -> quoted_name:
+    """A name that Alembic's ALTER TABLE does not take apart at its dots."""
+    return quoted_name(name, quote=True)
 
 
 def stamp(version: int, oldest_code: int) -> None:

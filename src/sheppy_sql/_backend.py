@@ -50,6 +50,9 @@ class SqlBackend(Backend):
         max_crashes: How many workers may die of a task before it fails. Default 5.
         migrate: Make or upgrade the tables on connect(). SQLite always does; on
             PostgreSQL prefer "sheppy-sql db upgrade" in the deployment.
+        prepared_statements: Whether PostgreSQL keeps statements between transactions. None
+            (default): unless a pooler such as PgBouncer is found. False: never. True:
+            always, as on a direct connection, or with a PgBouncer that is set up for it.
 
     Raises:
         ValueError: An option or the URL is wrong; nothing has been opened.
@@ -73,6 +76,7 @@ class SqlBackend(Backend):
         on_crash: str = "requeue",
         max_crashes: int = 5,
         migrate: bool = False,
+        prepared_statements: bool | None = None,
     ) -> None:
         database = _database_of(url_or_engine)
         if schema is not None and database == "sqlite":
@@ -93,6 +97,7 @@ class SqlBackend(Backend):
             on_crash=on_crash,
             max_crashes=max_crashes,
             migrate=migrate,
+            prepared_statements=prepared_statements,
         )
         self._tables = build_tables(schema, table_prefix)
         self._claims = Claims()

@@ -261,7 +261,7 @@ class Consumer:
         self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
 
     async def _set_aside(self, queue: str, row: TaskRow, task: Payload, token: int | None) -> bool:
-        retry = retry_of(task)
+        retry = retry_of(task, self._options.handover)
         stored = await self._database.write(
             "store a task",
             claim_store.set_aside,

@@ -40,7 +40,14 @@ _OUTAGE_TYPES = frozenset(
     {"InvalidCachedStatementError", "OutdatedSchemaCacheError", "TargetServerAttributeNotMatched"}
 )
 
+_POOLER_HINT = (
+    "a pooler such as PgBouncer mixes up prepared statements: leave prepared_statements out or set "
+    "it to False; for an engine of your own see docs/postgresql.md"
+)
+
 _HINTS_BY_STATE = {
+    "26000": _POOLER_HINT,
+    "42P05": _POOLER_HINT,
     "28P01": "check the user and the password in the URL",
     "28000": "check the user in the URL and pg_hba.conf on the server",
     "3D000": "create the database, or correct its name in the URL",

@@ -213,6 +213,13 @@ def _count(name: str, value: str) -> int:
     return int(value)
 
 
+def _no_statements(name: str, value: str) -> int:
+    """What providers write into the URL of a pooler, for other drivers than asyncpg."""
+    if value.lower() != "true":
+        raise ValueError(f"{name} must be true; leave it out where there is none")
+    return 0
+
+
 def _session(name: str, value: str) -> str:
     return _tls.choice(name, value, _SESSIONS)
 
@@ -235,6 +242,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "max_cacheable_statement_size": ("max_cacheable_statement_size", _count),
     "max_cached_statement_lifetime": ("max_cached_statement_lifetime", _count),
     "passfile": ("passfile", _file),
+    "pgbouncer": ("statement_cache_size", _no_statements),
     "prepared_statement_cache_size": ("prepared_statement_cache_size", _count),
     "statement_cache_size": ("statement_cache_size", _count),
     "target_session_attrs": ("target_session_attrs", _session),

@@ -16,6 +16,7 @@ LONGEST_TTL = 10_000 * 365 * DAY / 2  # beyond it, the databases' calendars end
 INHERIT = "inherit"
 SHORTEST_LEASE = 1.0  # seconds
 LONGEST_LEASE = DAY
+LONGEST_HANDOVER = 30.0  # seconds
 CRASH_POLICIES = ("requeue", "fail")
 
 
@@ -37,6 +38,7 @@ class Options:
     on_crash: str = "requeue"
     max_crashes: int = 5
     migrate: bool = False
+    prepared_statements: bool | None = None
 
     def __post_init__(self) -> None:
         _check_ttl("ttl", self.ttl)
@@ -61,6 +63,17 @@ class Options:
         _check_range("max_crashes", self.max_crashes, 1, 1000)
         if not isinstance(self.migrate, bool):
             raise ValueError("migrate must be True or False")
+        if not (self.prepared_statements is None or isinstance(self.prepared_statements, bool)):
+            raise ValueError("prepared_statements must be True, False or None")
+
+    @property
+    def handover(self) -> float:
+        """Seconds in which the second of two calls of a worker must follow the first.
+
+        It takes from the schedule and puts in line, or stores a failure and schedules the retry.
+        Where it died in between, the task is due again by then.
+        """
+        return min(LONGEST_HANDOVER, self.lease)
 
     def ttl_for(self, task: Payload) -> float | None:
         """Seconds that a finished task is kept; None for ever.
@@ -68,7 +81,8 @@ class Options:
         What the task itself says goes first. sheppy 0.0.7 knows no such fields, its next
         release does.
         """
-        failed = task.get("status") in FAILURES
+        status = task.get("status")
+        failed = isinstance(status, str) and status in FAILURES
         own = [_own_ttl(task, "error_ttl")] if failed else []
         own.append(_own_ttl(task, "ttl"))
         general = [self.error_ttl, self.ttl] if failed else [self.ttl]

@@ -59,6 +59,7 @@ class Producer:
         self._wakeups = wakeups
         self._claims = claims
         self._max_bytes = options.max_payload_bytes
+        self._handover = options.handover
         self._known_queues: set[str] = set()
         self._leases: dict[tuple[str, str], Lease] = {}
 
@@ -129,7 +130,7 @@ class Producer:
             return []
         token = new_token()
         due = await self._database.write(
-            "take due tasks", schedule_store.lease_due, queue, moment, token
+            "take due tasks", schedule_store.lease_due, queue, moment, token, self._handover
         )
         self._leases.update({(queue, task_id): Lease(token, text) for task_id, text in due})
         return [decode(text) for _, text in due]

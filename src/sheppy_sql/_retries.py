@@ -9,8 +9,6 @@ from ._payloads import Payload, moment
 
 RETRYING = "retrying"
 LONGEST_DELAY = 100 * 365 * 86_400.0  # seconds; beyond it, SQLite's calendar ends
-GRACE = 30.0
-"""Seconds after a retry's time in which the worker may still schedule it itself."""
 
 
 class Retry(NamedTuple):
@@ -21,10 +19,10 @@ class Retry(NamedTuple):
     delay: float
     """Seconds from the decision to retry; what counts, whatever the worker's clock."""
     grace: float
-    """Seconds after which the attempt must come though the worker has scheduled none."""
+    """Seconds after its time in which the worker may still schedule it itself."""
 
 
-def retry_of(task: Payload) -> Retry | None:
+def retry_of(task: Payload, grace: float) -> Retry | None:
     """None where the task is not to be retried.
 
     The worker of sheppy 0.0.7 does not schedule the last attempt at all: that has no grace.
@@ -37,4 +35,4 @@ def retry_of(task: Payload) -> Retry | None:
     retries = config.get("retry") if isinstance(config, dict) else None
     used = task.get("retry_count")
     is_last = isinstance(retries, int) and isinstance(used, int) and used >= retries
-    return Retry(due, min(max(delay, 0.0), LONGEST_DELAY), 0.0 if is_last else GRACE)
+    return Retry(due, min(max(delay, 0.0), LONGEST_DELAY), 0.0 if is_last else grace)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
     from ._claims import Claims
+    from ._dialects import Dialect
     from ._options import Options
     from ._stores.installation import Installation
 
@@ -112,14 +113,10 @@ class Session:
         """
         if isinstance(url_or_engine, AsyncEngine):
             engine, ours = url_or_engine, False
+            dialect = _dialect(engine.dialect.name, options)
         else:
-            engine, ours = _engine(url_or_engine, options), True
-        database = Database(
-            engine,
-            tables,
-            dialect_named(engine.dialect.name),
-            outage_grace=options.outage_grace,
-        )
+            (engine, dialect), ours = _engine(url_or_engine, options), True
+        database = Database(engine, tables, dialect, outage_grace=options.outage_grace)
         try:
             offset = await database.read("connect", _check_server)
             installation = await _installation(database, options)
@@ -180,11 +177,17 @@ class Session:
                     await self.database.engine.dispose()
 
 
-def _engine(url: str | URL, options: Options) -> AsyncEngine:
+def _engine(url: str | URL, options: Options) -> tuple[AsyncEngine, Dialect]:
     target = _urls.parse(url)
-    return dialect_named(target.url.get_backend_name()).create_engine(
+    dialect = _dialect(target.url.get_backend_name(), options)
+    engine = dialect.create_engine(
         target, pool_size=options.pool_size, connect_timeout=options.connect_timeout
     )
+    return engine, dialect
+
+
+def _dialect(name: str, options: Options) -> Dialect:
+    return dialect_named(name, prepared_statements=options.prepared_statements)
 
 
 async def _check_server(tx: Transaction) -> float | None:

@@ -15,11 +15,10 @@ from weakref import WeakKeyDictionary
 from sheppy import CURRENT_TASK, Queue, Task, task
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from sheppy_sql import SqlBackend, _retries
+from sheppy_sql import SqlBackend
 from sheppy_sql._dialects import Dialect
 from sheppy_sql._dialects.postgresql import PostgreSQL
 from sheppy_sql._dialects.sqlite import SQLite
-from sheppy_sql._stores import scheduled
 from tests.support import make_worker
 
 DIRECTORY = "JOBS_DIRECTORY"
@@ -113,12 +112,6 @@ def watch_commits(dialect: type[Dialect]) -> None:
     AsyncConnection.commit = commit_deadly  # type: ignore[method-assign]  # it is what dies
 
 
-def hurry() -> None:
-    """Make what waits for 30 s wait for one."""
-    scheduled.LEASE = 1.0
-    _retries.GRACE = 1.0
-
-
 async def produce(url: str, task_id: str, call: str, moment: str) -> None:
     """Add, schedule or cancel a task, and die of it."""
     backend = SqlBackend(url)
@@ -136,7 +129,6 @@ async def produce(url: str, task_id: str, call: str, moment: str) -> None:
 
 async def work(url: str, method: str, moment: str) -> None:
     """A worker that dies of a call of this method."""
-    hurry()
     backend = SqlBackend(url, lease=LEASE)
     await backend.connect()
     # The slot is taken, so that tasks that it limits are put off.
@@ -147,7 +139,6 @@ async def work(url: str, method: str, moment: str) -> None:
 
 async def take_over(url: str, task_id: str, moment: str) -> None:
     """What a worker of the next sheppy does with a stale task; it dies on the way."""
-    hurry()
     backend = SqlBackend(url, lease=LEASE)
     await backend.connect()
     while not (stale := await backend.get_stale_messages(QUEUE, 0)):

@@ -9,6 +9,6 @@ from .sqlite import SQLite
 _DIALECTS: dict[str, type[Dialect]] = {"postgresql": PostgreSQL, "sqlite": SQLite}
 
 
-def dialect_named(name: str) -> Dialect:
-    """The dialect for SQLAlchemy's name of it."""
-    return _DIALECTS[name]()
+def dialect_named(name: str, *, prepared_statements: bool | None = None) -> Dialect:
+    """The dialect for SQLAlchemy's name of it; one for each engine."""
+    return _DIALECTS[name](prepared_statements=prepared_statements)

@@ -26,6 +26,10 @@ class Dialect(ABC):
     embedded: ClassVar[bool]
     """A file of this machine: one transaction writes at a time, and nobody deploys its tables."""
 
+    def __init__(self, *, prepared_statements: bool | None = None) -> None:
+        """`prepared_statements` is SqlBackend's option; None to find out."""
+        self._prepared_statements = prepared_statements
+
     @abstractmethod
     def create_engine(
         self, target: Target, *, pool_size: int, connect_timeout: float

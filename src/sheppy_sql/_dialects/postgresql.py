@@ -10,7 +10,7 @@ from sqlalchemy import ARRAY, ColumnElement, Interval, bindparam, column, func, 
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from . import logs
+from . import logs, poolers
 from .base import Dialect
 
 if TYPE_CHECKING:
@@ -27,13 +27,21 @@ OLDEST_VERSION = 14
 class PostgreSQL(Dialect):
     embedded = False
 
+    def __init__(self, *, prepared_statements: bool | None = None) -> None:
+        super().__init__(prepared_statements=prepared_statements)
+        # Until an application's engine has shown what it is.
+        self._reads_in_transactions = prepared_statements is not True
+
     def create_engine(
         self, target: Target, *, pool_size: int, connect_timeout: float
     ) -> AsyncEngine:
         logs.hide_rows()
+        # Behind a pooler too: a lone statement of ours needs nothing of an earlier one there.
+        self._reads_in_transactions = False
+        given = {"timeout": connect_timeout, **target.connect_args}
         return create_async_engine(
             target.url,
-            connect_args={"timeout": connect_timeout, **target.connect_args},
+            connect_args=poolers.connect_args(self._prepared_statements, given),
             pool_size=pool_size,
             max_overflow=0,
             # A caller waits for its turn; the host's worker would end on an error.
@@ -44,13 +52,14 @@ class PostgreSQL(Dialect):
         )
 
     async def check_server(self, connection: AsyncConnection) -> datetime | None:
-        version, standby, read_only, encoding, now = (
+        version, standby, read_only, encoding, pid, now = (
             await connection.execute(
                 select(
                     func.current_setting("server_version_num"),
                     func.pg_is_in_recovery(),
                     func.current_setting("transaction_read_only"),
                     func.current_setting("server_encoding"),
+                    func.pg_backend_pid(),
                     func.clock_timestamp(type_=None),
                 )
             )
@@ -72,6 +81,8 @@ class PostgreSQL(Dialect):
                 f"Failed to connect: the database's encoding is {encoding}; "
                 "create one with ENCODING 'UTF8'"
             )
+        if self._reads_in_transactions:
+            await self._check_pooler(connection, pid)
         moment: datetime = now
         return moment
 
@@ -79,7 +90,9 @@ class PostgreSQL(Dialect):
         # The engine may belong to the application, whose default may be stricter,
         # AUTOCOMMIT, or another schema. A lone read needs no BEGIN and COMMIT.
         await connection.execution_options(
-            isolation_level="READ COMMITTED" if write else "AUTOCOMMIT",
+            isolation_level=(
+                "READ COMMITTED" if write or self._reads_in_transactions else "AUTOCOMMIT"
+            ),
             schema_translate_map=None,
         )
 
@@ -101,3 +114,15 @@ class PostgreSQL(Dialect):
 
     def insert(self, table: Table) -> Insert:
         return insert(table)
+
+    async def _check_pooler(self, connection: AsyncConnection, pid: int) -> None:
+        """Find out what the application's engine is connected to, and whether it fits."""
+        driver = (await connection.get_raw_connection()).driver_connection
+        if self._prepared_statements is None:
+            self._reads_in_transactions = poolers.is_pooled(driver, pid)
+        if self._reads_in_transactions and not await poolers.is_fit(connection):
+            raise BackendError(
+                "Failed to connect: behind a pooler such as PgBouncer the engine must not prepare "
+                f"statements; make it with {poolers.SETTINGS}, or say prepared_statements=True if "
+                "the pooler keeps them"
+            )

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from .._database import Transaction
     from .._payloads import TaskRow
 
-LEASE = 30.0
-"""Seconds in which the append must follow a pop_scheduled before the task is due again."""
-
 
 async def put(tx: Transaction, queue: str, task_id: str, run_at: datetime) -> None:
     """Schedule a live task, or move it."""
@@ -93,9 +90,9 @@ async def has_due(tx: Transaction, queue: str, now: datetime | None) -> bool:
 
 
 async def lease_due(
-    tx: Transaction, queue: str, now: datetime | None, token: int
+    tx: Transaction, queue: str, now: datetime | None, token: int, seconds: float
 ) -> list[tuple[str, str]]:
-    """(id, payload) of what is due, hidden from others until LEASE has passed.
+    """(id, payload) of what is due, hidden from others for so many seconds.
 
     Not moved into line yet: the host does that by an append, and where it dies
     before, the task is due again.
@@ -122,7 +119,7 @@ async def lease_due(
         await tx.execute(
             update(scheduled)
             .where(scheduled.c.queue == queue, among(tx, scheduled.c.task_id, ids))
-            .values(kind=LEASED, lease_token=token, run_at=tx.dialect.now(plus=LEASE))
+            .values(kind=LEASED, lease_token=token, run_at=tx.dialect.now(plus=seconds))
         )
     return leased
 

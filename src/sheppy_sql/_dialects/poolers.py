@@ -1,0 +1,106 @@
+"""What asyncpg needs behind a pooler, such as PgBouncer, that changes servers between transactions.
+
+There a statement with a name is prepared on one server and then missing on another, or another
+client has its name. One without a name is sent again with every execution, in one message with it.
+asyncpg does that where its own cache is off; it costs the server the parsing, and no round trip.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+from sqlalchemy import column, select, table
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+SETTINGS = 'connect_args={"statement_cache_size": 0, "prepared_statement_name_func": lambda: ""}'
+"""For create_async_engine, as a message quotes them."""
+
+_CACHE = "statement_cache_size"
+_NAME = "prepared_statement_name_func"
+_OURS_OF_ASYNCPG = "__asyncpg_stmt_"  # with a number that every process counts from 1
+_OURS_OF_PGBOUNCER = "PGBOUNCER_"  # its own name for ours: since 1.21 it prepares where needed
+
+_numbers = itertools.count(1)
+
+
+def connect_args(prepared_statements: bool | None, given: dict[str, Any]) -> dict[str, Any]:
+    """`given`, with what decides whether statements are prepared; None to find out.
+
+    A cache size that the URL gives decides, as 0 does with asyncpg itself.
+    """
+    if _CACHE in given:
+        prepared_statements = given[_CACHE] > 0
+    if prepared_statements is None:
+        scout = _Scout()
+        chosen = {_CACHE: 0, "async_creator_fn": scout.connect, _NAME: scout.name}
+    elif prepared_statements:
+        chosen = {}
+    else:
+        chosen = {_CACHE: 0, _NAME: _no_name}
+    return {**given, **chosen}
+
+
+class _Scout:
+    """Opens the connections of an engine; the first one tells what lies before the server."""
+
+    def __init__(self) -> None:
+        self._direct: bool | None = None
+
+    async def connect(self, *args: Any, **kwargs: Any) -> asyncpg.Connection:
+        connection = await asyncpg.connect(*args, **kwargs)
+        if self._direct is None:
+            try:
+                # Without the cache, asyncpg gives this statement no name.
+                pid = await connection.fetchval(
+                    "SELECT pg_backend_pid()", timeout=kwargs.get("timeout")
+                )
+            except BaseException:
+                connection.terminate()
+                raise
+            self._direct = not is_pooled(connection, pid)
+        return connection
+
+    def name(self) -> str:
+        """The name of the next prepared statement; asyncpg gives none where its cache is off."""
+        return f"__sheppy_sql_{next(_numbers):x}__" if self._direct else _no_name()
+
+
+def is_pooled(connection: asyncpg.Connection, server_pid: int) -> bool:
+    """Whether something stands between this connection and the server process it reached.
+
+    A pooler makes up the process that a client may cancel, since it changes.
+    """
+    return bool(connection.get_server_pid() != server_pid)
+
+
+async def is_fit(connection: AsyncConnection) -> bool:
+    """Whether the engine's statements work behind a pooler; asked in a transaction."""
+    # What is found is this very statement, by a text that no other has.
+    label = f"own_{secrets.token_hex(8)}"
+    prepared = table("pg_prepared_statements", column("name"), column("statement"))
+    statement = (
+        select(prepared.c.name.label(label))
+        .where(prepared.c.statement.contains(label))
+        .order_by(prepared.c.name)
+    )
+    once = (await connection.scalars(statement)).all()
+    again = (await connection.scalars(statement)).all()
+    return are_fit(once, again)
+
+
+def are_fit(once: Sequence[str], again: Sequence[str]) -> bool:
+    """The names that one statement had when it was executed, and when it was executed again."""
+    if not once or once[0].startswith(_OURS_OF_PGBOUNCER):
+        return True
+    # With the same name it was kept, for a transaction that may be on another server.
+    return not once[0].startswith(_OURS_OF_ASYNCPG) and again != once
+
+
+def _no_name() -> str:
+    return ""
