@@ -133,7 +133,7 @@ class PostgresServer:
     """A PostgreSQL server that its creator may stop, kill and reconfigure."""
 
     def __init__(self, programs: Programs, data_dir: Path, password: str | None) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.data_dir = data_dir
         self.password = password
         self.standbys: list[PostgresServer] = []
@@ -184,7 +184,7 @@ class PostgresServer:
                 taken = "could not bind" in news and not self._started
                 if not taken or attempt == PORT_ATTEMPTS - 1:
                     raise ServerError(f"{error}\n{news}") from None
-                self.port = _free_port()
+                self.port = free_port()
             else:
                 self._started = True
                 return
@@ -284,7 +284,8 @@ def _literal(value: Setting) -> str:
     return f"'{quoted}'"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     for port in random.sample(PORTS, PORT_ATTEMPTS):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

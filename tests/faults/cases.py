@@ -1,0 +1,221 @@
+"""Every method that writes, what must be there before it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tests.contract.tasks import FUTURE, PAST, finished, make_task, make_tasks, retrying
+
+if TYPE_CHECKING:
+    from sheppy_sql import SqlBackend
+    from tests.support.databases import TestDatabase
+
+Payload = dict[str, Any]
+Step = Callable[["SqlBackend", str], Awaitable[Any]]
+
+A, B, C, D = make_tasks(4)
+RETRYING = retrying(A)
+CRON = {"expression": "0 * * * *", "spec": {"func": "app.jobs:send"}}
+WORKFLOW = {"id": "workflow", "completed": False, "pending_task_ids": ["task-0", "task-1"]}
+# A lost message strikes what the test does, and not what a backend does in the background.
+OURS = "sheppy_(?!consumers|chores|receipts|schema)"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, after some others; `str(case)` names it."""
+
+    name: str
+    call: Step
+    prepare: tuple[Step, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    async def set_up(self, backend: SqlBackend, queue: str) -> None:
+        for step in self.prepare:
+            await step(backend, queue)
+
+
+def append(*tasks: Payload, unique: bool = True) -> Step:
+    return lambda backend, queue: backend.append(queue, list(tasks), unique=unique)
+
+
+def schedule(task: Payload, at: Any = FUTURE, *, unique: bool = True) -> Step:
+    return lambda backend, queue: backend.schedule(queue, task, at, unique=unique)
+
+
+def pop(limit: int = 1) -> Step:
+    return lambda backend, queue: backend.pop(queue, limit)
+
+
+async def pop_scheduled(backend: SqlBackend, queue: str) -> list[Payload]:
+    return await backend.pop_scheduled(queue)
+
+
+def store_result(task: Payload) -> Step:
+    return lambda backend, queue: backend.store_result(queue, task)
+
+
+def acknowledge(*ids: str) -> Step:
+    return lambda backend, queue: backend.acknowledge(queue, list(ids))
+
+
+async def clear(backend: SqlBackend, queue: str) -> int:
+    return await backend.clear(queue)
+
+
+async def add_cron(backend: SqlBackend, queue: str) -> bool:
+    return await backend.add_cron(queue, "cron", CRON)
+
+
+async def delete_cron(backend: SqlBackend, queue: str) -> bool:
+    return await backend.delete_cron(queue, "cron")
+
+
+def store_workflow(**changes: Any) -> Step:
+    return lambda backend, queue: backend.store_workflow(queue, {**WORKFLOW, **changes})
+
+
+async def delete_workflow(backend: SqlBackend, queue: str) -> bool:
+    return await backend.delete_workflow(queue, "workflow")
+
+
+def complete(task_id: str) -> Step:
+    return lambda backend, queue: backend.mark_workflow_task_complete(queue, "workflow", task_id)
+
+
+def acquire(strategy: str) -> Step:
+    """Two starts where two are allowed: the second tells whether the first was counted twice."""
+
+    async def call(backend: SqlBackend, queue: str) -> list[float | None]:
+        return [
+            await backend.acquire_rate_limit(queue, "key", 2, 600.0, task_id, strategy)
+            for task_id in ("a", "b")
+        ]
+
+    return call
+
+
+def in_turn(*steps: Step) -> Step:
+    async def call(backend: SqlBackend, queue: str) -> list[Any]:
+        return [await step(backend, queue) for step in steps]
+
+    return call
+
+
+CASES = [
+    Case("append: new tasks", append(A, B, A, C)),
+    Case("append: some known", append(A, B, C), (append(B),)),
+    Case("append: all known", append(A), (append(A, B), pop())),
+    Case("append again: new and pending", append(C, A, unique=False), (append(A, B),)),
+    Case("append again: finished", append(A, unique=False), (store_result(finished(A)),)),
+    Case("append again: claimed", append(A, unique=False), (append(A, B), pop())),
+    Case(
+        "append: what was due",
+        append({**A, "status": "pending"}, unique=False),
+        (schedule(A, PAST), pop_scheduled),
+    ),
+    Case("schedule: new", schedule(A)),
+    Case("schedule: known", schedule(A), (append(A),)),
+    Case("schedule again: scheduled", schedule(A, PAST, unique=False), (schedule(A),)),
+    Case("schedule again: claimed", schedule(A, unique=False), (append(A), pop())),
+    Case("pop: some", pop(2), (append(A, B, C),)),
+    Case("pop: none", pop(2), (append(A), pop())),
+    Case("pop, then finish", in_turn(pop(2), store_result(finished(A))), (append(A, B),)),
+    Case("pop_scheduled", pop_scheduled, (schedule(A, PAST), schedule(B), schedule(C, PAST))),
+    Case("store_result: claimed", store_result(finished(A)), (append(A, B), pop(2))),
+    Case("store_result: unknown", store_result(finished(A))),
+    Case("store_result: scheduled", store_result(finished(A)), (schedule(A),)),
+    Case("store_result: retrying", store_result(RETRYING), (append(A, B), pop(2))),
+    Case(
+        "store_result: retrying, then scheduled",
+        in_turn(store_result(RETRYING), schedule(RETRYING, unique=False)),
+        (append(A), pop()),
+    ),
+    Case("store_result: set aside", store_result({**A, "result": 1}), (append(A), pop())),
+    Case("store_result: set aside, unknown", store_result({**A, "result": 1})),
+    Case("acknowledge", acknowledge("task-0", "task-1"), (append(A, B, C), pop(2))),
+    Case(
+        "clear",
+        clear,
+        (append(A, B), pop(), schedule(C), store_result(finished(D)), add_cron),
+    ),
+    Case("add_cron: new", add_cron),
+    Case("add_cron: known", add_cron, (add_cron,)),
+    Case("delete_cron: known", delete_cron, (add_cron,)),
+    Case("delete_cron: unknown", delete_cron),
+    Case("store_workflow: new", store_workflow()),
+    Case("store_workflow: known", store_workflow(pending_task_ids=["x"]), (store_workflow(),)),
+    Case("delete_workflow: known", delete_workflow, (store_workflow(),)),
+    Case("delete_workflow: unknown", delete_workflow),
+    Case("mark_workflow_task_complete: one of two", complete("task-0"), (store_workflow(),)),
+    Case(
+        "mark_workflow_task_complete: the last",
+        complete("task-1"),
+        (store_workflow(), complete("task-0")),
+    ),
+    Case("acquire_rate_limit: sliding", acquire("sliding_window")),
+    Case("acquire_rate_limit: fixed", acquire("fixed_window")),
+]
+
+SEEN = {
+    "tasks": """SELECT id, payload, state, position IS NULL, owner IS NULL, claim_token IS NULL,
+        func, status, crashes FROM sheppy_tasks WHERE queue = :queue
+        ORDER BY position NULLS LAST, id""",
+    # By the database's clock, when it is a time of its own: sooner or later, not when.
+    "scheduled": """SELECT task_id, kind, lease_token IS NULL, run_at > now(),
+        CASE WHEN kind = 'due' THEN run_at END
+        FROM sheppy_scheduled_tasks WHERE queue = :queue ORDER BY task_id""",
+    "results": """SELECT id, payload, status, func, claim_token IS NULL, expires_at IS NULL
+        FROM sheppy_results WHERE queue = :queue ORDER BY id""",
+    "crons": """SELECT id, expression, payload FROM sheppy_crons WHERE queue = :queue
+        ORDER BY id""",
+    "workflows": """SELECT id, payload, finished FROM sheppy_workflows WHERE queue = :queue
+        ORDER BY id""",
+    "waits": """SELECT workflow_id, task_id FROM sheppy_workflow_tasks WHERE queue = :queue
+        ORDER BY workflow_id, task_id""",
+    "limits": "SELECT key, window_count FROM sheppy_rate_limits WHERE queue = :queue",
+    "starts": """SELECT key, task_id FROM sheppy_rate_limit_entries WHERE queue = :queue
+        ORDER BY key, task_id""",
+    "queue": "SELECT count(*) FROM sheppy_queues WHERE name = :queue",
+}
+
+
+async def stored(database: TestDatabase, queue: str) -> dict[str, Any]:
+    """All that the tables hold of a queue, but for numbers and times that differ anyway."""
+    found = await asyncio.gather(*(database.fetch(sql, queue=queue) for sql in SEEN.values()))
+    return dict(zip(SEEN, found, strict=True))
+
+
+READS: dict[str, Step] = {
+    "get_pending": lambda backend, queue: backend.get_pending(queue, 10),
+    "size": lambda backend, queue: backend.size(queue),
+    "get_tasks": lambda backend, queue: backend.get_tasks(queue, ["task-0", "done"]),
+    "get_all_tasks": lambda backend, queue: backend.get_all_tasks(queue),
+    "get_scheduled": lambda backend, queue: backend.get_scheduled(queue),
+    "get_results": lambda backend, queue: backend.get_results(queue, ["done"]),
+    "get_results in time": lambda backend, queue: backend.get_results(queue, ["done"], 30),
+    "get_stats": lambda backend, queue: backend.get_stats(queue),
+    "list_queues": lambda backend, _: backend.list_queues(),
+    "get_crons": lambda backend, queue: backend.get_crons(queue),
+    "get_workflows": lambda backend, queue: backend.get_workflows(queue, ["workflow"]),
+    "get_all_workflows": lambda backend, queue: backend.get_all_workflows(queue),
+    "get_pending_workflows": lambda backend, queue: backend.get_pending_workflows(queue),
+}
+
+
+async def store_one_of_each(backend: SqlBackend, queue: str) -> None:
+    """So that every read finds something."""
+    steps = (
+        append(A, B),
+        store_result(finished(make_task("done"))),
+        schedule(C),
+        add_cron,
+        store_workflow(),
+    )
+    for step in steps:
+        await step(backend, queue)
