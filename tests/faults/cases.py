@@ -31,6 +31,8 @@ class Case:
     name: str
     call: Step
     prepare: tuple[Step, ...] = ()
+    unclaimed: bool = False
+    """Stores a task that was never taken, which an instance that holds its id elsewhere refuses."""
 
     def __str__(self) -> str:
         return self.name
@@ -112,7 +114,12 @@ CASES = [
     Case("append: some known", append(A, B, C), (append(B),)),
     Case("append: all known", append(A), (append(A, B), pop())),
     Case("append again: new and pending", append(C, A, unique=False), (append(A, B),)),
-    Case("append again: finished", append(A, unique=False), (store_result(finished(A)),)),
+    Case(
+        "append again: finished",
+        append(A, unique=False),
+        (store_result(finished(A)),),
+        unclaimed=True,
+    ),
     Case("append again: claimed", append(A, unique=False), (append(A, B), pop())),
     Case(
         "append: what was due",
@@ -128,8 +135,8 @@ CASES = [
     Case("pop, then finish", in_turn(pop(2), store_result(finished(A))), (append(A, B),)),
     Case("pop_scheduled", pop_scheduled, (schedule(A, PAST), schedule(B), schedule(C, PAST))),
     Case("store_result: claimed", store_result(finished(A)), (append(A, B), pop(2))),
-    Case("store_result: unknown", store_result(finished(A))),
-    Case("store_result: scheduled", store_result(finished(A)), (schedule(A),)),
+    Case("store_result: unknown", store_result(finished(A)), unclaimed=True),
+    Case("store_result: scheduled", store_result(finished(A)), (schedule(A),), unclaimed=True),
     Case("store_result: retrying", store_result(RETRYING), (append(A, B), pop(2))),
     Case(
         "store_result: retrying, then scheduled",
@@ -137,7 +144,7 @@ CASES = [
         (append(A), pop()),
     ),
     Case("store_result: set aside", store_result({**A, "result": 1}), (append(A), pop())),
-    Case("store_result: set aside, unknown", store_result({**A, "result": 1})),
+    Case("store_result: set aside, unknown", store_result({**A, "result": 1}), unclaimed=True),
     Case("acknowledge", acknowledge("task-0", "task-1"), (append(A, B, C), pop(2))),
     Case(
         "clear",
@@ -162,33 +169,31 @@ CASES = [
     Case("acquire_rate_limit: fixed", acquire("fixed_window")),
 ]
 
-SEEN = {
-    "tasks": """SELECT id, payload, state, position IS NULL, owner IS NULL, claim_token IS NULL,
-        func, status, crashes FROM sheppy_tasks WHERE queue = :queue
-        ORDER BY position NULLS LAST, id""",
-    # By the database's clock, when it is a time of its own: sooner or later, not when.
-    "scheduled": """SELECT task_id, kind, lease_token IS NULL, run_at > now(),
-        CASE WHEN kind = 'due' THEN run_at END
-        FROM sheppy_scheduled_tasks WHERE queue = :queue ORDER BY task_id""",
-    "results": """SELECT id, payload, status, func, claim_token IS NULL, expires_at IS NULL
-        FROM sheppy_results WHERE queue = :queue ORDER BY id""",
-    "crons": """SELECT id, expression, payload FROM sheppy_crons WHERE queue = :queue
-        ORDER BY id""",
-    "workflows": """SELECT id, payload, finished FROM sheppy_workflows WHERE queue = :queue
-        ORDER BY id""",
-    "waits": """SELECT workflow_id, task_id FROM sheppy_workflow_tasks WHERE queue = :queue
-        ORDER BY workflow_id, task_id""",
-    "limits": "SELECT key, window_count FROM sheppy_rate_limits WHERE queue = :queue",
-    "starts": """SELECT key, task_id FROM sheppy_rate_limit_entries WHERE queue = :queue
-        ORDER BY key, task_id""",
-    "queue": "SELECT count(*) FROM sheppy_queues WHERE name = :queue",
-}
+# Of numbers and times that differ anyway only what does not: whether there is one, which comes
+# first, and whether it has passed.
+SEEN = """
+    SELECT queue, 'task', ROW(row_number() OVER (PARTITION BY queue ORDER BY position, id),
+        id, payload, state, position IS NULL, owner IS NULL, claim_token IS NULL, func, status,
+        crashes)::text FROM sheppy_tasks
+    UNION ALL SELECT queue, 'scheduled', ROW(task_id, kind, lease_token IS NULL, run_at > now(),
+        CASE WHEN kind = 'due' THEN run_at END)::text FROM sheppy_scheduled_tasks
+    UNION ALL SELECT queue, 'result', ROW(id, payload, status, func, claim_token IS NULL,
+        expires_at IS NULL)::text FROM sheppy_results
+    UNION ALL SELECT queue, 'cron', ROW(id, expression, payload)::text FROM sheppy_crons
+    UNION ALL SELECT queue, 'workflow', ROW(id, payload, finished)::text FROM sheppy_workflows
+    UNION ALL SELECT queue, 'wait', ROW(workflow_id, task_id)::text FROM sheppy_workflow_tasks
+    UNION ALL SELECT queue, 'limit', ROW(key, window_count)::text FROM sheppy_rate_limits
+    UNION ALL SELECT queue, 'start', ROW(key, task_id)::text FROM sheppy_rate_limit_entries
+    UNION ALL SELECT name, 'queue', '' FROM sheppy_queues
+    ORDER BY 1, 2, 3"""
 
 
-async def stored(database: TestDatabase, queue: str) -> dict[str, Any]:
-    """All that the tables hold of a queue, but for numbers and times that differ anyway."""
-    found = await asyncio.gather(*(database.fetch(sql, queue=queue) for sql in SEEN.values()))
-    return dict(zip(SEEN, found, strict=True))
+async def stored(database: TestDatabase) -> dict[str, list[tuple[str, str]]]:
+    """All that the tables hold, by queue."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for queue, what, row in await database.fetch(SEEN):
+        found.setdefault(queue, []).append((what, row))
+    return found
 
 
 READS: dict[str, Step] = {
@@ -219,3 +224,40 @@ async def store_one_of_each(backend: SqlBackend, queue: str) -> None:
     )
     for step in steps:
         await step(backend, queue)
+
+
+class Everything:
+    """Every method at once, each write on a queue of its own, and what it must answer.
+
+    The second backend makes those calls that the first refuses because of what it holds.
+    """
+
+    def __init__(self, backend: SqlBackend, second: SqlBackend, database: TestDatabase) -> None:
+        self._backend = backend
+        self._second = second
+        self._database = database
+        self._reads = {name: read for name, read in READS.items() if name != "list_queues"}
+        self._expected: dict[str, Any] = {}
+
+    async def prepare(self) -> None:
+        for case in CASES:
+            for queue in (f"calm {case}", str(case)):
+                await case.set_up(self._backend_of(case), queue)
+            self._expected[str(case)] = await case.call(self._backend_of(case), f"calm {case}")
+        await store_one_of_each(self._second, "read")
+        for name, read in self._reads.items():
+            self._expected[name] = await read(self._backend, "read")
+
+    def start(self) -> list[asyncio.Future[Any]]:
+        writes = [case.call(self._backend_of(case), str(case)) for case in CASES]
+        reads = [read(self._backend, "read") for read in self._reads.values()]
+        return [asyncio.ensure_future(call) for call in (*writes, *reads)]
+
+    async def check(self, answers: list[Any]) -> None:
+        assert dict(zip(self._expected, answers, strict=True)) == self._expected
+        found = await stored(self._database)
+        for case in CASES:
+            assert found.get(str(case)) == found.get(f"calm {case}"), case.name
+
+    def _backend_of(self, case: Case) -> SqlBackend:
+        return self._second if case.unclaimed else self._backend

@@ -64,6 +64,7 @@ async def test_call_is_as_if_nothing_had_happened(
     database: TestDatabase,
     proxy: Proxy,
     make_proxied: MakeBackend,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     backend = await make_proxied()
     for queue in ("calm", QUEUE):
@@ -73,7 +74,9 @@ async def test_call_is_as_if_nothing_had_happened(
     answer = await asyncio.wait_for(case.call(backend, QUEUE), PATIENCE)
     assert loss.struck == loss.times
     assert answer == expected
-    assert await stored(database, QUEUE) == await stored(database, "calm")
+    found = await stored(database)
+    assert found.get(QUEUE) == found.get("calm")
+    assert [record for record in caplog.records if "dropped" in record.getMessage()] == []
     for queue in ("calm", QUEUE):
         await assert_that_no_claim_is_forgotten(backend, database, queue)
 
@@ -169,7 +172,9 @@ async def test_appended_tasks_of_which_some_are_done_are_neither_lost_nor_double
     assert ids(await meanwhile.other.pop(QUEUE, 5)) == ["c"]
 
 
-async def test_appended_task_that_is_cleared_by_now_is_back_once_at_most(meanwhile: Meanwhile) -> None:
+async def test_appended_task_that_is_cleared_by_now_is_back_once_at_most(
+    meanwhile: Meanwhile,
+) -> None:
     async def clear() -> None:
         assert await meanwhile.other.clear(QUEUE) == 1
 
@@ -178,6 +183,20 @@ async def test_appended_task_that_is_cleared_by_now_is_back_once_at_most(meanwhi
     taken = await meanwhile.other.pop(QUEUE, 5)
     assert len(taken) <= 1
     assert await meanwhile.other.pop(QUEUE, 5) == []
+
+
+async def test_due_task_that_is_done_by_now_is_not_resurrected(meanwhile: Meanwhile) -> None:
+    async def work() -> None:
+        [task] = await meanwhile.other.pop(QUEUE, 5)
+        await meanwhile.other.store_result(QUEUE, finished(task))
+
+    await meanwhile.other.schedule(QUEUE, A, PAST)
+    [due] = await meanwhile.backend.pop_scheduled(QUEUE)
+    call = meanwhile.backend.append(QUEUE, [{**due, "status": "pending"}], unique=False)
+    assert await meanwhile.answer(call, work) == [True]
+    assert await meanwhile.other.pop(QUEUE, 5) == []
+    assert await meanwhile.other.pop_scheduled(QUEUE) == []
+    assert list(await meanwhile.other.get_results(QUEUE, ["task-0"])) == ["task-0"]
 
 
 @pytest.mark.parametrize("unique", [True, False])

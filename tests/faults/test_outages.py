@@ -1,0 +1,225 @@
+"""A database that goes away for a while: calls wait for it, and after the grace they say so."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from sheppy import BackendError
+
+from sheppy_sql import SqlBackend
+from tests.contract.tasks import finished, make_task
+from tests.faults import cases
+from tests.faults.cases import A, Everything
+from tests.faults.load import Load, until
+from tests.support.databases import TestDatabase
+from tests.support.proxy import Proxy, severed
+
+MakeBackend = Callable[..., Awaitable[SqlBackend]]
+
+PATIENCE = 60.0  # seconds, a ceiling for what takes one or two
+QUEUE = "q"
+KILL = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+
+OUTAGES: dict[str, Callable[[Proxy], None]] = {
+    "refused": Proxy.refuse,
+    "dropped": Proxy.hang_up,
+    "starting up": lambda proxy: proxy.turn_away("57P03", "the database system is starting up"),
+    "too many clients": lambda proxy: proxy.turn_away("53300", "sorry, too many clients already"),
+}
+
+
+@pytest.fixture
+def database(postgres_database: TestDatabase) -> TestDatabase:
+    return postgres_database
+
+
+async def until_turned_away(proxy: Proxy, times: int) -> None:
+    """Return once that many more connections were tried in vain."""
+    target = proxy.turned_away + times
+
+    async def tried() -> bool:
+        return proxy.turned_away >= target
+
+    await until(tried, "nobody tries to connect again")
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+async def test_calls_wait_for_the_end_of_an_outage(
+    outage: str, database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+) -> None:
+    everything = Everything(await make_proxied(), await make_proxied(), database)
+    await everything.prepare()
+    OUTAGES[outage](proxy)
+    assert proxy.cut() > 0
+    calls = everything.start()
+    try:
+        if outage != "refused":  # of which the proxy does not hear
+            await until_turned_away(proxy, 10)
+        done, _ = await asyncio.wait(calls, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+        assert [call.result() for call in done] == []
+        await proxy.accept()
+        answers = await asyncio.wait_for(asyncio.gather(*calls), PATIENCE)
+    finally:
+        for call in calls:
+            call.cancel()
+    await everything.check(answers)
+
+
+async def test_outage_beyond_the_grace_is_an_error_and_not_the_end(
+    database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+) -> None:
+    backend = await make_proxied(outage_grace=1.0)
+    everything = Everything(backend, await make_proxied(outage_grace=1.0), database)
+    await everything.prepare()
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    async with severed(proxy):
+        calls = everything.start()
+        await asyncio.wait(calls, timeout=PATIENCE)
+        took = clock() - started
+        errors = [call.exception() for call in calls]
+    assert [error for error in errors if not isinstance(error, BackendError)] == []
+    for error in errors:
+        assert str(error).startswith("Failed to ")
+        assert "reach" in str(error)
+        assert len(str(error).splitlines()) == 1
+    assert 0.9 < took < 15
+    # Nothing needs to be connected anew.
+    assert backend.is_connected
+    answers = await asyncio.wait_for(asyncio.gather(*everything.start()), PATIENCE)
+    await everything.check(answers)
+
+
+async def test_grace_begins_anew_with_every_outage(proxy: Proxy, make_proxied: MakeBackend) -> None:
+    """Several short outages are no long one, for a call that waits through them all."""
+    backend = await make_proxied(outage_grace=2.0)
+    clock = asyncio.get_running_loop().time
+    waiting = asyncio.ensure_future(backend.get_results(QUEUE, ["task-0"], 0))
+    started = clock()
+    while clock() - started < 3:
+        proxy.hang_up()
+        proxy.cut()
+        await until_turned_away(proxy, 2)
+        await proxy.accept()
+        assert await backend.size(QUEUE) == 0
+    assert not waiting.done()
+    await backend.store_result(QUEUE, finished(A))
+    assert list(await asyncio.wait_for(waiting, PATIENCE)) == ["task-0"]
+
+
+async def test_cancelled_pop_does_not_wait_for_the_end_of_an_outage(
+    proxy: Proxy, make_proxied: MakeBackend
+) -> None:
+    """The host's worker cancels its pop when it stops."""
+    backend = await make_proxied()
+    proxy.hang_up()
+    proxy.cut()
+    pop = asyncio.ensure_future(backend.pop(QUEUE, timeout=5))
+    await until_turned_away(proxy, 2)
+    pop.cancel()
+    try:
+        done, _ = await asyncio.wait([pop], timeout=10)
+    finally:
+        await proxy.accept()
+    assert done == {pop}
+    assert pop.cancelled()
+
+
+@pytest.mark.parametrize("way", ["resumed", "cut"])
+async def test_calls_wait_for_bytes_to_flow_again(
+    way: str, database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+) -> None:
+    everything = Everything(await make_proxied(), await make_proxied(), database)
+    await everything.prepare()
+    proxy.stall()
+    calls = everything.start()
+    done, _ = await asyncio.wait(calls, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+    assert not done
+    if way == "cut":
+        assert proxy.cut() > 0
+    proxy.resume()
+    answers = await asyncio.wait_for(asyncio.gather(*calls), PATIENCE)
+    await everything.check(answers)
+
+
+async def test_killed_connections_are_no_callers_concern(
+    database: TestDatabase, make_backend: MakeBackend
+) -> None:
+    backends = [await make_backend() for _ in range(3)]
+    async with Load(backends[:1], backends[1:], QUEUE) as load:
+        for _ in range(12):
+            await load.progress()
+            await database.execute(KILL)
+    assert await database.fetch("SELECT id FROM sheppy_tasks") == []
+
+
+async def test_idle_connections_that_were_killed_are_no_callers_concern(
+    database: TestDatabase, make_backend: MakeBackend
+) -> None:
+    backend = await make_backend()
+    # Fill the pool: the first call then meets one dead connection after another.
+    await asyncio.gather(*(backend.size(QUEUE) for _ in range(10)))
+    steps = [
+        (cases.append(A), [True]),
+        (cases.pop(), [A]),
+        (cases.store_result(finished(A)), True),
+        (
+            lambda backend, queue: backend.get_results(queue, ["task-0"]),
+            {"task-0": finished(A)},
+        ),
+    ]
+    for step, expected in steps:
+        await database.execute(KILL)
+        assert await asyncio.wait_for(step(backend, QUEUE), PATIENCE) == expected
+
+
+async def test_server_that_ends_idle_sessions_is_no_callers_concern(
+    database: TestDatabase, make_backend: MakeBackend
+) -> None:
+    await database.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET "
+        "idle_session_timeout = 100', current_database()); END $$"
+    )
+    backend = await make_backend()
+
+    async def alone() -> bool:
+        sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        return await database.fetch(sql) == [(1,)]
+
+    for number in range(3):
+        await until(alone, "the server did not end the session")
+        assert await backend.append(QUEUE, [make_task(str(number))]) == [True]
+    assert await backend.size(QUEUE) == 3
+
+
+async def test_cut_connections_are_no_callers_concern(
+    database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+) -> None:
+    backends = [await make_proxied() for _ in range(2)]
+    async with Load(backends, backends, QUEUE) as load:
+        for _ in range(15):
+            await load.progress(7)
+            proxy.cut()
+        assert proxy.cuts >= 15
+    assert await database.fetch("SELECT id FROM sheppy_tasks") == []
+
+
+async def test_lost_messages_and_outages_under_load_are_no_callers_concern(
+    database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+) -> None:
+    backends = [await make_proxied() for _ in range(2)]
+    async with Load(backends, backends, QUEUE) as load:
+        for _ in range(3):
+            answers = proxy.lose_answer(times=4, touching=cases.OURS)
+            requests = proxy.lose_request(times=4, touching=cases.OURS)
+            await load.progress(20)
+            proxy.hang_up()
+            proxy.cut()
+            await until_turned_away(proxy, 4)
+            await proxy.accept()
+            await load.progress(20)
+            assert (answers.struck, requests.struck) == (4, 4)
+    assert await database.fetch("SELECT id FROM sheppy_tasks") == []
