@@ -21,7 +21,7 @@ RETRYING = retrying(A)
 CRON = {"expression": "0 * * * *", "spec": {"func": "app.jobs:send"}}
 WORKFLOW = {"id": "workflow", "completed": False, "pending_task_ids": ["task-0", "task-1"]}
 # A lost message strikes what the test does, and not what a backend does in the background.
-OURS = "sheppy_(?!consumers|chores|receipts|schema)"
+OURS = "sheppy_(?!consumers|chores)"
 
 
 @dataclass(frozen=True)

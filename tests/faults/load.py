@@ -82,15 +82,22 @@ class Load:
 
         await self._unless_failed(wait())
 
+    def check_that_nothing_failed(self) -> None:
+        """Raise what a call has raised, if one has."""
+        for work in self._work:
+            if work.done():
+                work.result()
+
     async def _unless_failed(self, wait: Awaitable[None]) -> None:
         waiting = asyncio.ensure_future(wait)
         await asyncio.wait(
             [waiting, *self._work], timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED
         )
-        for work in self._work:
-            if work.done():
-                waiting.cancel()
-                work.result()
+        try:
+            self.check_that_nothing_failed()
+        except BaseException:
+            waiting.cancel()
+            raise
         if not waiting.done():
             waiting.cancel()
             raise TimeoutError(f"{self._finished} tasks ended, and then no more")

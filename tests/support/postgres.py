@@ -198,6 +198,10 @@ class PostgresServer:
         self.stop()
         self.start()
 
+    def promote(self) -> None:
+        """Make a standby a primary, and wait until it is one."""
+        self._pg_ctl("promote")
+
     def kill(self) -> None:
         """SIGKILL the server and all its processes; returns when they are gone."""
         kill_server(self.data_dir)
