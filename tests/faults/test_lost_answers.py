@@ -6,16 +6,19 @@ Only a proxy can lose one message, and only PostgreSQL's connections have a netw
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import datetime, timezone
 from typing import Any
 
+import asyncpg
 import pytest
 
 from sheppy_sql import SqlBackend
 from tests.contract.tasks import PAST, finished, ids, make_task
 from tests.faults import cases
 from tests.faults.cases import CASES, OURS, READS, RETRYING, A, B, Case, stored
+from tests.faults.load import until
 from tests.support.databases import TestDatabase
 from tests.support.proxy import Loss, Proxy
 
@@ -93,6 +96,72 @@ async def test_reads_whose_answer_is_lost_are_asked_again(
             loss = lose("SELECT" if lose == proxy.lose_answer else "", touching=OURS)
             assert await asyncio.wait_for(read(backend, QUEUE), PATIENCE) == expected, name
             assert loss.struck == 1, name
+
+
+SLOW_COMMIT = """
+    CREATE SEQUENCE commits;
+    CREATE FUNCTION take_long() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF nextval('commits') = 1 THEN PERFORM pg_advisory_xact_lock(42); END IF;
+        RETURN NULL;
+    END $$;
+    DO $$ DECLARE name text; BEGIN
+        FOREACH name IN ARRAY ARRAY['tasks', 'scheduled_tasks', 'results', 'crons', 'workflows',
+            'workflow_tasks', 'rate_limits', 'rate_limit_entries'] LOOP
+            EXECUTE format('CREATE CONSTRAINT TRIGGER take_long
+                AFTER INSERT OR UPDATE OR DELETE ON sheppy_%s DEFERRABLE INITIALLY DEFERRED
+                FOR EACH ROW EXECUTE FUNCTION take_long()', name);
+        END LOOP;
+    END $$"""
+OTHERS_WAIT = """SELECT count(*) > 1 FROM pg_stat_activity
+    WHERE wait_event_type = 'Lock' AND datname = current_database()"""
+
+
+@asynccontextmanager
+async def slow_commit(database: TestDatabase) -> AsyncIterator[None]:
+    """The next commit of a change is under way until the block ends."""
+    connection = await asyncpg.connect(database.url.replace("+asyncpg", ""))
+    try:
+        await connection.execute(SLOW_COMMIT)
+        await connection.execute("SELECT pg_advisory_lock(42)")
+        yield
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.changes], ids=str)
+async def test_commit_that_ends_after_the_next_try_began_counts(
+    case: Case, database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+) -> None:
+    """The server may learn late that it has lost its client, as when it waits for a replica."""
+    backend = await make_proxied()
+    for queue in ("calm", QUEUE):
+        await case.set_up(backend, queue)
+    expected = await case.call(backend, "calm")
+    async with slow_commit(database):
+        loss = proxy.lose_contact("COMMIT", touching=OURS)
+        call = asyncio.ensure_future(case.call(backend, QUEUE))
+        clock = asyncio.get_running_loop().time
+        over = clock() + 0.5
+
+        async def tried_again() -> bool:
+            waits = (await database.fetch(OTHERS_WAIT)) == [(True,)]
+            return loss.struck == 1 and (call.done() or waits or clock() > over)
+
+        await until(tried_again, "the connection was not lost")
+    answer = await asyncio.wait_for(call, PATIENCE)
+    await until(lambda: everyone_has_gone(database), "the commit did not end")
+    assert answer == expected
+    found = await stored(database)
+    assert found.get(QUEUE) == found.get("calm")
+    for queue in ("calm", QUEUE):
+        await assert_that_no_claim_is_forgotten(backend, database, queue)
+
+
+async def everyone_has_gone(database: TestDatabase) -> bool:
+    """Nobody waits for the lock of `slow_commit`, or has it."""
+    sql = """SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+    return await database.fetch(sql) == [(0,)]
 
 
 class Meanwhile:

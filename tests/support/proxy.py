@@ -23,7 +23,7 @@ READ = 65_536  # bytes
 class Loss:
     """A message that is to get lost, with its connection; `struck` counts how often it was."""
 
-    way: Literal["request", "answer"]
+    way: Literal["request", "contact", "answer"]
     of: str
     touching: re.Pattern[str]
     times: int
@@ -31,9 +31,9 @@ class Loss:
     struck: int = 0
     happened: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def strikes(self, way: str, text: str, statements: list[str]) -> bool:
+    def strikes(self, ways: tuple[str, ...], text: str, statements: list[str]) -> bool:
         """Whether it happens now, to this statement or tag after those of its transaction."""
-        if self.way != way or self.struck == self.times or not text.startswith(self.of):
+        if self.way not in ways or self.struck == self.times or not text.startswith(self.of):
             return False
         if not any(self.touching.search(statement) for statement in statements):
             return False
@@ -150,6 +150,20 @@ class Proxy:
         """Drop the connection before the server gets to see a statement that begins with `of`."""
         return self._expect(Loss("request", of, re.compile(touching), times, then))
 
+    def lose_contact(
+        self,
+        of: str = "COMMIT",
+        times: int = 1,
+        *,
+        touching: str = "",
+        then: Callable[[], None] | None = None,
+    ) -> Loss:
+        """Drop the client's connection once the server has got such a statement, and not its own.
+
+        The server works on it in peace, and may be done much later than the client tries again.
+        """
+        return self._expect(Loss("contact", of, re.compile(touching), times, then))
+
     def _expect(self, loss: Loss) -> Loss:
         self._losses.append(loss)
         return loss
@@ -172,6 +186,7 @@ class _Link:
         self._writers = [writer]
         self._prepared: dict[bytes, str] = {}
         self._statements: list[str] = []  # of the transaction under way
+        self._alone = False  # the client has lost contact
         self.ended = asyncio.ensure_future(self._run())
 
     def drop(self) -> None:
@@ -201,6 +216,8 @@ class _Link:
                 asyncio.ensure_future(self._pump(server[0], self._client[1], self._answer)),
             ]
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            if self._alone:
+                await pumps[1]
         except (OSError, asyncio.IncompleteReadError):
             pass  # one side has left, or there is no server
         finally:
@@ -236,14 +253,25 @@ class _Link:
             buffer += chunk
             for kind, body, message in _messages(buffer):
                 loss = look(kind, body)
-                if loss is not None:
+                if loss is None:
+                    if not self._alone:
+                        writer.write(message)
+                    elif kind == b"Z":
+                        return
+                    continue
+                if loss.way == "contact":
+                    self._alone = True
+                    writer.write(message)
+                    await writer.drain()
+                    self._writers[0].transport.abort()
+                else:
                     for each in self._writers:
                         each.transport.abort()
-                    if loss.then is not None:
-                        loss.then()
-                    return
-                writer.write(message)
-            await writer.drain()
+                if loss.then is not None:
+                    loss.then()
+                return
+            if not self._alone:
+                await writer.drain()
 
     def _request(self, kind: bytes, body: bytes) -> Loss | None:
         if kind == b"P":  # Parse: name, statement
@@ -257,21 +285,21 @@ class _Link:
         if sql is None:
             return None
         self._statements.append(sql)
-        return self._loss("request", sql)
+        return self._loss(("request", "contact"), sql)
 
     def _answer(self, kind: bytes, body: bytes) -> Loss | None:
         if kind == b"C":  # CommandComplete: tag
             tag = body[:-1].decode()
             if tag == "COMMIT":
                 self._proxy.committed.append(list(self._statements))
-            return self._loss("answer", tag)
+            return self._loss(("answer",), tag)
         if kind == b"Z" and body == b"I":  # ReadyForQuery, in no transaction
             self._statements.clear()
         return None
 
-    def _loss(self, way: str, text: str) -> Loss | None:
+    def _loss(self, ways: tuple[str, ...], text: str) -> Loss | None:
         losses = self._proxy._losses
-        return next((each for each in losses if each.strikes(way, text, self._statements)), None)
+        return next((each for each in losses if each.strikes(ways, text, self._statements)), None)
 
 
 def _messages(buffer: bytearray) -> Iterator[tuple[bytes, bytes, bytes]]:
