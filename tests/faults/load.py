@@ -20,9 +20,11 @@ UNFINISHED = 40  # tasks that may be under way at once
 PRODUCERS = CONSUMERS = 4  # coroutines for each backend
 
 
-async def until(condition: Callable[[], Awaitable[object]], complaint: str) -> None:
+async def until(
+    condition: Callable[[], Awaitable[object]], complaint: str, timeout: float = PATIENCE
+) -> None:
     """Return once the condition holds; TimeoutError says what did not happen."""
-    deadline = asyncio.get_running_loop().time() + PATIENCE
+    deadline = asyncio.get_running_loop().time() + timeout
     while not await condition():
         if asyncio.get_running_loop().time() > deadline:
             raise TimeoutError(complaint)

@@ -37,15 +37,11 @@ def lose_the_answer(proxy: Proxy) -> Loss:
     return proxy.lose_answer("COMMIT", touching=OURS)
 
 
-def lose_the_answer_twice(proxy: Proxy) -> Loss:
-    return proxy.lose_answer("COMMIT", times=2, touching=OURS)
-
-
 def lose_the_commit(proxy: Proxy) -> Loss:
     return proxy.lose_request("COMMIT", touching=OURS)
 
 
-LOSSES = [lose_the_answer, lose_the_answer_twice, lose_the_commit]
+LOSSES = [lose_the_answer, lose_the_commit]
 
 
 async def assert_that_no_claim_is_forgotten(
@@ -98,6 +94,23 @@ async def test_reads_whose_answer_is_lost_are_asked_again(
             assert loss.struck == 1, name
 
 
+async def test_answers_may_be_lost_again_and_again(
+    database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+) -> None:
+    backend, second = await make_proxied(), await make_proxied()
+    for case in CASES:
+        instance = second if case.unclaimed else backend
+        for queue in (f"calm {case}", str(case)):
+            await case.set_up(instance, queue)
+        expected = await case.call(instance, f"calm {case}")
+        loss = proxy.lose_answer("COMMIT", times=3, touching=OURS)
+        answer = await asyncio.wait_for(case.call(instance, str(case)), PATIENCE)
+        assert (answer, loss.struck) == (expected, 3), case.name
+    found = await stored(database)
+    for case in CASES:
+        assert found.get(str(case)) == found.get(f"calm {case}"), case.name
+
+
 SLOW_COMMIT = """
     CREATE SEQUENCE commits;
     CREATE FUNCTION take_long() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -141,7 +154,7 @@ async def test_commit_that_ends_after_the_next_try_began_counts(
         loss = proxy.lose_contact("COMMIT", touching=OURS)
         call = asyncio.ensure_future(case.call(backend, QUEUE))
         clock = asyncio.get_running_loop().time
-        over = clock() + 0.5
+        over = clock() + 0.3
 
         async def tried_again() -> bool:
             waits = (await database.fetch(OTHERS_WAIT)) == [(True,)]
@@ -155,6 +168,33 @@ async def test_commit_that_ends_after_the_next_try_began_counts(
     assert found.get(QUEUE) == found.get("calm")
     for queue in ("calm", QUEUE):
         await assert_that_no_claim_is_forgotten(backend, database, queue)
+
+
+async def test_tasks_that_a_late_commit_took_are_not_stranded(
+    database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+) -> None:
+    """Whatever the call makes of it: its instance lives, and nobody else may take them."""
+    backend = await make_proxied(lease=1.0)
+    tasks = [make_task(str(number)) for number in range(3)]
+    await backend.append(QUEUE, tasks)
+    async with slow_commit(database):
+        loss = proxy.lose_contact("COMMIT", touching=OURS)
+        taking = asyncio.ensure_future(backend.pop(QUEUE, 2))
+        await asyncio.wait_for(loss.happened.wait(), PATIENCE)
+        await asyncio.wait([taking], timeout=0.5)
+    taken = await asyncio.wait_for(taking, PATIENCE)
+    ran: list[str] = []
+
+    async def all_ran() -> bool:
+        taken.extend(await backend.pop(QUEUE, 5, timeout=0.1))
+        while taken:
+            task = taken.pop()
+            ran.append(task["id"])
+            await backend.store_result(QUEUE, finished(task))
+        return len(ran) >= len(tasks)
+
+    await until(all_ran, "tasks are stranded", timeout=20)
+    assert sorted(ran) == ids(tasks)
 
 
 async def everyone_has_gone(database: TestDatabase) -> bool:

@@ -143,6 +143,37 @@ async def test_cancelled_pop_does_not_wait_for_the_end_of_an_outage(
     assert pop.cancelled()
 
 
+async def test_disconnect_in_an_outage_ends_and_is_no_error(
+    database: TestDatabase, proxy: Proxy, make_backend: MakeBackend
+) -> None:
+    """What the backend holds is given back by whoever misses its signs of life."""
+    leaving, staying = SqlBackend(proxy.url, lease=1.0), await make_backend(lease=1.0)
+    await leaving.connect()
+    await leaving.append(QUEUE, [A])
+    assert await leaving.pop(QUEUE) == [A]
+    async with severed(proxy):
+        await asyncio.wait_for(leaving.disconnect(), 15)
+    assert not leaving.is_connected
+    assert await asyncio.wait_for(staying.pop(QUEUE, timeout=30), PATIENCE) == [A]
+
+
+async def test_waiters_get_what_came_while_they_were_cut_off(
+    proxy: Proxy, make_backend: MakeBackend, make_proxied: MakeBackend
+) -> None:
+    """A waiter hears of a result though its backend was cut off as it came."""
+    waiting_backend, other = await make_proxied(), await make_backend()
+    waiting = asyncio.ensure_future(waiting_backend.get_results(QUEUE, ["task-0"], 30))
+    taking = asyncio.ensure_future(waiting_backend.pop(QUEUE, timeout=30))
+    proxy.hang_up()
+    proxy.cut()
+    await until_turned_away(proxy, 3, waiting, taking)
+    await other.store_result(QUEUE, finished(A))
+    await other.append(QUEUE, [make_task("b")])
+    await proxy.accept()
+    assert list(await asyncio.wait_for(waiting, 20)) == ["task-0"]
+    assert await asyncio.wait_for(taking, 20) == [make_task("b")]
+
+
 @pytest.mark.parametrize("way", ["resumed", "cut"])
 async def test_calls_wait_for_bytes_to_flow_again(
     way: str, database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend

@@ -186,6 +186,7 @@ async def test_server_that_is_switched_to_read_only_and_back_is_waited_for(
         await control.close()
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 async def test_restarted_server_is_waited_for(
     mode: Literal["fast", "immediate"], private_server: MakeServer, connect: MakeBackend
@@ -199,6 +200,7 @@ async def test_restarted_server_is_waited_for(
         await load.progress(40)
 
 
+@pytest.mark.torture
 async def test_killed_server_process_is_waited_for(
     private_server: MakeServer, connect: MakeBackend
 ) -> None:
