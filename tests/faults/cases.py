@@ -36,6 +36,8 @@ class Case:
 
     changes: bool = True
     """Something, so that there is a commit to wait for."""
+    skips: bool = False
+    """What another transaction has locked, and so may find less than all there is."""
 
     def __str__(self) -> str:
         return self.name
@@ -133,10 +135,20 @@ CASES = [
     Case("schedule: known", schedule(A), (append(A),), changes=False),
     Case("schedule again: scheduled", schedule(A, PAST, unique=False), (schedule(A),)),
     Case("schedule again: claimed", schedule(A, unique=False), (append(A), pop())),
-    Case("pop: some", pop(2), (append(A, B, C),)),
+    Case("pop: some", pop(2), (append(A, B, C),), skips=True),
     Case("pop: none", pop(2), (append(A), pop()), changes=False),
-    Case("pop, then finish", in_turn(pop(2), store_result(finished(A))), (append(A, B),)),
-    Case("pop_scheduled", pop_scheduled, (schedule(A, PAST), schedule(B), schedule(C, PAST))),
+    Case(
+        "pop, then finish",
+        in_turn(pop(2), store_result(finished(A))),
+        (append(A, B),),
+        skips=True,
+    ),
+    Case(
+        "pop_scheduled",
+        pop_scheduled,
+        (schedule(A, PAST), schedule(B), schedule(C, PAST)),
+        skips=True,
+    ),
     Case("store_result: claimed", store_result(finished(A)), (append(A, B), pop(2))),
     Case("store_result: unknown", store_result(finished(A)), unclaimed=True),
     Case("store_result: scheduled", store_result(finished(A)), (schedule(A),), unclaimed=True),

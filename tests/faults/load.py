@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
     from sheppy_sql import SqlBackend
 
 PATIENCE = 60.0  # seconds, a ceiling for what takes a few
-UNFINISHED = 40  # tasks that may be under way at once
-PRODUCERS = CONSUMERS = 4  # coroutines for each backend
+UNFINISHED = 20  # tasks that may be under way at once
+PRODUCERS = CONSUMERS = 3  # coroutines for each backend
 
 
 async def until(
@@ -46,7 +45,7 @@ class Load:
         self._consuming = consuming
         self._queue = queue
         self._stopping = asyncio.Event()
-        self._room = asyncio.Semaphore(UNFINISHED)
+        self._started = 0
         self._moved = asyncio.Condition()
         self._finished = 0
         self._work: list[asyncio.Task[None]] = []
@@ -64,7 +63,9 @@ class Load:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stopping.set()
+        async with self._moved:
+            self._stopping.set()
+            self._moved.notify_all()
         try:
             if kind is None:
                 await asyncio.wait_for(asyncio.gather(*self._work), PATIENCE)
@@ -106,15 +107,20 @@ class Load:
         await waiting
 
     async def _produce(self, backend: SqlBackend, name: str) -> None:
+        def may_go_on() -> bool:
+            return self._stopping.is_set() or self._started - self._finished < UNFINISHED
+
         number = 0
-        while not self._stopping.is_set():
-            # Let go of by whoever finishes a task.
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._room.acquire(), 0.1)
-                task_id = f"{name}-{number}"
-                number += 1
-                assert await backend.append(self._queue, [make_task(task_id)]) == [True]
-                self.added.append(task_id)
+        while True:
+            async with self._moved:
+                await self._moved.wait_for(may_go_on)
+                self._started += 1
+            if self._stopping.is_set():
+                return
+            task_id = f"{name}-{number}"
+            number += 1
+            assert await backend.append(self._queue, [make_task(task_id)]) == [True]
+            self.added.append(task_id)
 
     async def _consume(self, backend: SqlBackend) -> None:
         while not (self._stopping.is_set() and await self._is_over(backend)):
@@ -124,7 +130,6 @@ class Load:
                 assert list(await backend.get_results(self._queue, [task["id"]])) == [task["id"]]
                 async with self._moved:
                     self._finished += 1
-                    self._room.release()
                     self._moved.notify_all()
 
     async def _is_over(self, backend: SqlBackend) -> bool:

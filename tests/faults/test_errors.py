@@ -243,12 +243,12 @@ async def test_table_that_is_altered_under_load_is_no_callers_concern(
     """PostgreSQL then refuses statements that were prepared before."""
     backends = [await make_backend() for _ in range(2)]
     async with Load(backends, backends, QUEUE) as load:
-        for number in range(6):
-            await load.progress(20)
+        for number in range(4):
+            await load.progress()
             for table in ("sheppy_tasks", "sheppy_results"):
                 new = number if "ADD" in change else ("varchar", "text")[number % 2]
                 await database.execute(change.format(table, new))
-        await load.progress(20)
+        await load.progress()
 
 
 async def test_missing_tables_are_told_at_once(

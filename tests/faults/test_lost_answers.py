@@ -129,28 +129,38 @@ OTHERS_WAIT = """SELECT count(*) > 1 FROM pg_stat_activity
     WHERE wait_event_type = 'Lock' AND datname = current_database()"""
 
 
+ROLL_BACK = """SELECT pg_terminate_backend(pid) FROM pg_locks
+    WHERE locktype = 'advisory' AND NOT granted
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+
+
 @asynccontextmanager
-async def slow_commit(database: TestDatabase) -> AsyncIterator[None]:
+async def slow_commit(database: TestDatabase, *, fails: bool = False) -> AsyncIterator[None]:
     """The next commit of a change is under way until the block ends."""
     connection = await asyncpg.connect(database.url.replace("+asyncpg", ""))
     try:
         await connection.execute(SLOW_COMMIT)
         await connection.execute("SELECT pg_advisory_lock(42)")
         yield
+        if fails:
+            await connection.execute(ROLL_BACK)
     finally:
         await connection.close()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.changes], ids=str)
-async def test_commit_that_ends_after_the_next_try_began_counts(
-    case: Case, database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.changes and not case.skips], ids=str
+)
+async def test_next_try_may_begin_before_the_last_commit_has_ended(
+    case: Case, fails: bool, database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
 ) -> None:
     """The server may learn late that it has lost its client, as when it waits for a replica."""
     backend = await make_proxied()
     for queue in ("calm", QUEUE):
         await case.set_up(backend, queue)
     expected = await case.call(backend, "calm")
-    async with slow_commit(database):
+    async with slow_commit(database, fails=fails):
         loss = proxy.lose_contact("COMMIT", touching=OURS)
         call = asyncio.ensure_future(case.call(backend, QUEUE))
         clock = asyncio.get_running_loop().time
@@ -170,14 +180,15 @@ async def test_commit_that_ends_after_the_next_try_began_counts(
         await assert_that_no_claim_is_forgotten(backend, database, queue)
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
 async def test_tasks_that_a_late_commit_took_are_not_stranded(
-    database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+    fails: bool, database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
 ) -> None:
     """Whatever the call makes of it: its instance lives, and nobody else may take them."""
     backend = await make_proxied(lease=1.0)
     tasks = [make_task(str(number)) for number in range(3)]
     await backend.append(QUEUE, tasks)
-    async with slow_commit(database):
+    async with slow_commit(database, fails=fails):
         loss = proxy.lose_contact("COMMIT", touching=OURS)
         taking = asyncio.ensure_future(backend.pop(QUEUE, 2))
         await asyncio.wait_for(loss.happened.wait(), PATIENCE)

@@ -194,10 +194,10 @@ async def test_restarted_server_is_waited_for(
     server = await started(private_server)
     backends = [await connect(server.url()) for _ in range(2)]
     async with Load(backends, backends, QUEUE) as load:
-        await load.progress(40)
+        await load.progress()
         await asyncio.to_thread(server.stop, mode)
         await asyncio.to_thread(server.start)
-        await load.progress(40)
+        await load.progress()
 
 
 @pytest.mark.torture
@@ -209,7 +209,7 @@ async def test_killed_server_process_is_waited_for(
     backends = [await connect(server.url()) for _ in range(2)]
     database = TestDatabase(server.url(), "postgresql")
     async with Load(backends, backends, QUEUE) as load:
-        await load.progress(40)
+        await load.progress()
         [(pid,)] = await database.fetch(ANY_SESSION)
         psutil.Process(pid).kill()
-        await load.progress(40)
+        await load.progress()
