@@ -276,3 +276,14 @@ class Everything:
 
     def _backend_of(self, case: Case) -> SqlBackend:
         return self._second if case.unclaimed else self._backend
+
+
+async def assert_that_no_claim_is_forgotten(
+    backend: SqlBackend, database: TestDatabase, queue: str
+) -> None:
+    """What stands as claimed is held by the backend: it can finish it."""
+    sql = "SELECT id FROM sheppy_tasks WHERE queue = :queue AND state = 'claimed' ORDER BY id"
+    claimed = [task_id for (task_id,) in await database.fetch(sql, queue=queue)]
+    for task_id in claimed:
+        await backend.store_result(queue, finished(make_task(task_id)))
+    assert list(await backend.get_results(queue, claimed)) == claimed
