@@ -23,6 +23,7 @@ from ._validation import check_keys, check_limit, check_number, check_queue, che
 if TYPE_CHECKING:
     from ._claims import Claims
     from ._database import Database, Transaction
+    from ._leftovers import Leftovers
     from ._options import Options
     from ._suspects import Suspects
     from ._wakeups import Wakeups
@@ -39,6 +40,7 @@ class Consumer:
         wakeups: Wakeups,
         claims: Claims,
         suspects: Suspects,
+        leftovers: Leftovers,
         options: Options,
         *,
         owner: str,
@@ -56,9 +58,7 @@ class Consumer:
         self._suspects = suspects
         self._taking = 0
         self._taking_suspect = False
-        # Tokens of claims that are to be handed back and could not be yet, with the ids in
-        # question (None: all).
-        self._leftovers: dict[int, set[str] | None] = {}
+        self._leftovers = leftovers
         self._active = False
         self._closed = False
 
@@ -102,7 +102,7 @@ class Consumer:
         except BackendError:
             if token is not None:
                 # Nobody will try again, and the claim would stay as long as this instance.
-                self._leave(token, {row.id})
+                self._leftovers.leave(token, [row.id])
                 self._claims.lose(queue, row.id, token)
             raise
         if not stored:
@@ -135,21 +135,14 @@ class Consumer:
             raise ValueError("min_idle_ms must not be negative")
         await self._start()
         token = new_token()
-        stale = await self._database.write(
-            "take over stale tasks",
-            claim_store.take_over,
-            queue,
-            min(idle, LONGEST_DELAY),
-            self._owner,
+        stale = await self._claim_under(
             token,
+            lambda tx: claim_store.take_over(
+                tx, queue, min(idle, LONGEST_DELAY), self._owner, token
+            ),
         )
         self._claims.take(queue, [task_id for task_id, _ in stale], token)
         return [decode(text) for _, text in stale]
-
-    async def hand_back_leftovers(self) -> None:
-        """Return what was claimed and will not be run or stored by this instance."""
-        for token, ids in list(self._leftovers.items()):
-            await self._release(token, ids)
 
     async def stop(self) -> None:
         """Take nothing more; whoever waits for tasks gets an error."""
@@ -205,7 +198,12 @@ class Consumer:
             ):
                 return None
             token = new_token()
-            claimed = await self._claim_under(token, queue, limit, suspects=suspects)
+            claimed = await self._claim_under(
+                token,
+                lambda tx: claim_store.claim(
+                    tx, queue, limit, self._owner, token, suspects=suspects
+                ),
+            )
             ids = [task_id for task_id, _ in claimed]
             self._claims.take(queue, ids, token, suspect=suspects)
             return [decode(text) for _, text in claimed] or None
@@ -215,11 +213,17 @@ class Consumer:
                 self._taking_suspect = False
 
     async def _claim_under(
-        self, token: int, queue: str, limit: int, *, suspects: bool
+        self, token: int, operation: Callable[[Transaction], Awaitable[list[tuple[str, str]]]]
     ) -> list[tuple[str, str]]:
-        claim = self._database.start(
-            "take tasks", claim_store.claim, queue, limit, self._owner, token, suspects=suspects
-        )
+        """What the operation claims; handed back where nobody is there to hear of it."""
+        tries = 0
+
+        async def counted(tx: Transaction) -> list[tuple[str, str]]:
+            nonlocal tries
+            tries += 1
+            return await operation(tx)
+
+        claim = self._database.start("take tasks", counted)
         try:
             claimed = await asyncio.shield(claim)
         except asyncio.CancelledError:
@@ -230,8 +234,11 @@ class Consumer:
             await asyncio.wait([handing_back], timeout=CANCELLED_PATIENCE)
             raise
         except BackendError:
-            self._leave(token, None)  # it may have been committed all the same
+            self._leftovers.leave(token, late=True)
             raise
+        if tries > 1:
+            # An earlier try may be at its COMMIT still.
+            self._leftovers.leave(token, kept=[task_id for task_id, _ in claimed], late=True)
         return claimed
 
     async def _hand_back_after(self, claim: asyncio.Task[Any], token: int) -> None:
@@ -240,25 +247,13 @@ class Consumer:
                 await asyncio.wait([claim])
         if self._closed:
             return  # all is handed back
-        self._leave(token, None)
+        failed = claim.cancelled() or claim.exception() is not None
+        self._leftovers.leave(token, late=failed)
         try:
-            await self._release(token, None)
+            await self._leftovers.hand_back_claim(token)
         except BackendError as error:
             # It stays a leftover, and the cancellation must pass all the same.
             self._warn(error)
-
-    async def _release(self, token: int, ids: set[str] | None) -> None:
-        queues = await self._database.write(
-            "hand back tasks",
-            claim_store.release,
-            self._owner,
-            token,
-            None if ids is None else sorted(ids),
-        )
-        # More of it may have been left meanwhile, or another have handed it back.
-        if self._leftovers.get(token, ids) == ids:
-            self._leftovers.pop(token, None)
-        self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
 
     async def _set_aside(self, queue: str, row: TaskRow, task: Payload, token: int | None) -> bool:
         retry = retry_of(task, self._options.handover)
@@ -287,10 +282,6 @@ class Consumer:
         if held_suspect and not self._claims.holds_suspect:
             # Other tasks may be taken again.
             self._wakeups.wake([_wakeups.pending(queue) for queue in self.queues])
-
-    def _leave(self, token: int, ids: set[str] | None) -> None:
-        earlier = self._leftovers.get(token, set())
-        self._leftovers[token] = None if ids is None or earlier is None else earlier | ids
 
     def _warn(self, error: BackendError) -> None:
         logger.warning("Tasks of %s stay claimed for now: %s", self._owner, error)

@@ -218,7 +218,11 @@ class Database:
                 if kind is Fault.CONFLICT and conflicts < CONFLICT_ATTEMPTS - 1:
                     conflicts += 1
                     pause = CONFLICT_PAUSE * conflicts
-                elif kind is Fault.OUTAGE and now < gives_up_at and self._rides_out(error):
+                elif (
+                    kind is Fault.OUTAGE
+                    and now < gives_up_at
+                    and self._rides_out(error, first=not outages)
+                ):
                     # Counted from the first one: before, all was well.
                     gives_up_at = min(gives_up_at, now + self._outage_grace)
                     pause = OUTAGE_PAUSES[min(outages, len(OUTAGE_PAUSES) - 1)]
@@ -231,9 +235,13 @@ class Database:
                 return outcome
             await sleep_until(self._leaving, pause * random.uniform(0.5, 1.5))  # noqa: S311
 
-    def _rides_out(self, error: Exception) -> bool:
-        """Whether it is worth while to wait for the end of an outage."""
-        if self._leaving.is_set() or asyncio.current_task() in self._unwanted:
+    def _rides_out(self, error: Exception, *, first: bool) -> bool:
+        """Whether it is worth while to wait for the end of an outage.
+
+        Once always: it may be no more than a connection that died in the pool.
+        """
+        unwanted = self._leaving.is_set() or asyncio.current_task() in self._unwanted
+        if unwanted and not first:
             return False
         # Nobody has got through yet: it may as well be the wrong address.
         return self._reached or is_starting(error)

@@ -69,7 +69,7 @@ class Heart:
 
     async def start(self) -> None:
         """Be known, and beat from now on."""
-        await self._beat(self._database)
+        await self._beat(self._database, "take tasks")
         self._turn()
         self._thread = threading.Thread(target=self._run, name="sheppy-sql-heart", daemon=True)
         self._thread.start()
@@ -144,7 +144,7 @@ class Heart:
             else:
                 complaint = None
 
-    async def _beat(self, database: Database) -> None:
+    async def _beat(self, database: Database, action: str = "renew leases") -> None:
         idle = time.monotonic() - self._turned
         if self._max_loop_stall is not None and idle > self._max_loop_stall:
             raise BackendError(
@@ -152,7 +152,7 @@ class Heart:
                 f"max_loop_stall: the leases of {self._owner} are not renewed"
             )
         await database.write(
-            "renew leases",
+            action,
             consumer_store.beat,
             self._owner,
             self._process,

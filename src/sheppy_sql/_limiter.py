@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from ._stores import rate_limits as rate_limit_store
+from ._stores.receipts import once
 from ._validation import check_count, check_key, check_number, check_queue
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Limiter:
             )
         wait = await self._database.write(
             "acquire a rate limit",
-            rate_limit_store.acquire,
+            once(rate_limit_store.acquire),
             queue,
             key,
             task_id,
@@ -54,5 +55,5 @@ class Limiter:
         if wait is None:
             return None
         seconds, slot = wait
-        self._claims.keep_slot(queue, task_id, slot)
+        self._claims.keep_slot(queue, task_id, datetime.fromisoformat(slot))
         return seconds

@@ -187,7 +187,10 @@ class Producer:
         self, tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int
     ) -> set[str]:
         await self._register(tx, queue)
-        return await task_store.add(tx, queue, rows, token, PENDING) if rows else set()
+        if not rows:
+            return set()
+        added = await task_store.add(tx, queue, rows, token, PENDING)
+        return added.now | added.before
 
     async def _put(
         self,
@@ -214,12 +217,12 @@ class Producer:
         token: int,
     ) -> bool:
         await self._register(tx, queue)
-        if tx.repeated and await task_store.find_appended(tx, queue, [row.id], token):
+        if unique:
+            added = await task_store.add(tx, queue, [row], token, SCHEDULED)
+            if not added.now:
+                return bool(added.before)
+        elif not await task_store.put(tx, queue, [row], token, SCHEDULED):
             return True
-        if not unique:
-            await task_store.put(tx, queue, [row], token, SCHEDULED)
-        elif not await task_store.add(tx, queue, [row], token, SCHEDULED):
-            return False
         await schedule_store.put(tx, queue, row.id, run_at)
         return True
 

@@ -21,6 +21,7 @@ from ._dialects import dialect_named
 from ._errors import UPGRADE_HINT, is_missing_table
 from ._heart import Heart
 from ._leases import Leases
+from ._leftovers import Leftovers
 from ._limiter import Limiter
 from ._part import Part
 from ._process import this_process
@@ -67,13 +68,14 @@ class Session:
         leases = Leases(
             database, wakeups, suspects, options, process, owner=owner, host_decides=host_decides
         )
+        leftovers = Leftovers(database, wakeups, owner=owner)
         # What ends with this process needs no signs of life.
         beats = not host_decides and not database.is_in_memory
         self._background = Background(
             Heart(database, process, options, owner=owner) if beats else None,
             [
                 Part("look after claims", leases.reclaim, leases.interval),
-                Part("hand back tasks", self._hand_back_leftovers, leases.interval),
+                Part("hand back tasks", leftovers.hand_back, leases.interval),
                 Part("prune", Pruner(database).prune, _pruner.INTERVAL),
             ],
         )
@@ -83,6 +85,7 @@ class Session:
             wakeups,
             claims,
             suspects,
+            leftovers,
             options,
             owner=owner,
             begin=self._background.start,
@@ -152,9 +155,6 @@ class Session:
         self._background.abandon()
         # Never finalised: the generator's end would signal the parent's event loop.
         _abandoned.append(self._end)
-
-    async def _hand_back_leftovers(self) -> None:
-        await self.consumer.hand_back_leftovers()
 
     async def _until_end(self) -> AsyncGenerator[None, None]:
         """Closes the session when it is closed itself, by whomever.

@@ -198,6 +198,10 @@ class PostgresServer:
         self.stop()
         self.start()
 
+    def promote(self) -> None:
+        """Make a standby a primary, and wait until it is one."""
+        self._pg_ctl("promote")
+
     def kill(self) -> None:
         """SIGKILL the server and all its processes; returns when they are gone."""
         kill_server(self.data_dir)
@@ -285,6 +289,7 @@ def _literal(value: Setting) -> str:
 
 
 def free_port() -> int:
+    """A port that nobody listens on now."""
     for port in random.sample(PORTS, PORT_ATTEMPTS):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from sheppy import BackendError
-from sqlalchemy import ARRAY, ColumnElement, Interval, bindparam, column, func, literal, select
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Interval,
+    bindparam,
+    column,
+    event,
+    func,
+    literal,
+    select,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -22,6 +34,15 @@ if TYPE_CHECKING:
     from .base import Columns
 
 OLDEST_VERSION = 14
+
+# Seconds, and milliseconds for the last: a peer that is gone without a word, behind a firewall or
+# with its machine, shows within about a minute and not after hours.
+KEEP_ALIVE = {
+    "TCP_KEEPIDLE": 30,
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 60_000,
+}
 
 
 class PostgreSQL(Dialect):
@@ -39,7 +60,7 @@ class PostgreSQL(Dialect):
         # Behind a pooler too: a lone statement of ours needs nothing of an earlier one there.
         self._reads_in_transactions = False
         given = {"timeout": connect_timeout, **target.connect_args}
-        return create_async_engine(
+        engine = create_async_engine(
             target.url,
             connect_args=poolers.connect_args(self._prepared_statements, given),
             pool_size=pool_size,
@@ -50,6 +71,8 @@ class PostgreSQL(Dialect):
             hide_parameters=True,
             logging_name=logs.ENGINE,
         )
+        event.listen(engine.sync_engine, "connect", _keep_alive)
+        return engine
 
     async def check_server(self, connection: AsyncConnection) -> datetime | None:
         version, standby, read_only, encoding, pid, now = (
@@ -126,3 +149,16 @@ class PostgreSQL(Dialect):
                 f"statements; make it with {poolers.SETTINGS}, or say prepared_statements=True if "
                 "the pooler keeps them"
             )
+
+
+def _keep_alive(connection: Any, _record: Any) -> None:
+    # asyncpg offers no way to its socket, and some event loops give one that takes no options.
+    transport = getattr(connection.driver_connection, "_transport", None)
+    peer = transport.get_extra_info("socket") if transport else None
+    if peer is None or peer.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEP_ALIVE.items():
+            if hasattr(socket, name):
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -103,16 +103,23 @@ async def renew(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
 
 
 async def release(
-    tx: Transaction, owner: str, token: int | None, ids: Sequence[str] | None = None
+    tx: Transaction,
+    owner: str,
+    token: int | None,
+    ids: Collection[str] | None = None,
+    kept: Collection[str] = (),
 ) -> set[str]:
     """Hand back what one claim, or (None) the owner, holds; the queues concerned.
 
-    Of a claim only some `ids`, if given. Each task goes to its old place in line.
+    Of a claim only some `ids`, if given, and not those `kept`. Each task goes to its old place in
+    line.
     """
     tasks = tx.tables.tasks
     held = _under(tx, owner, token)
     if ids is not None:
-        held.append(among(tx, tasks.c.id, ids))
+        held.append(among(tx, tasks.c.id, sorted(ids)))
+    if kept:
+        held.append(~among(tx, tasks.c.id, sorted(kept)))
     released = _update_in_order(tx, *held).values(state=PENDING, **UNCLAIMED)
     statement = released.returning(tasks.c.queue)
     return {row.queue for row in await tx.rows(statement)}
@@ -204,7 +211,11 @@ async def set_aside(
         .values(payload=row.payload, status=row.status, state=state, position=null(), **UNCLAIMED)
     )
     if await tx.count(statement) == 0:
-        return tx.repeated and await schedule_store.is_parked(tx, queue, row.id, token)
+        return tx.repeated and (
+            await schedule_store.is_parked(tx, queue, row.id, token)
+            if retry_in is not None
+            else await _is_idle(tx, queue, row)
+        )
     if retry_in is not None:
         await schedule_store.park(tx, queue, row.id, retry_in, token)
     return True
@@ -276,6 +287,18 @@ def _held(tx: Transaction, queue: str, claims: Mapping[str, int]) -> list[Column
         # A token is of one instance's pop: a task under it is one that was asked for.
         among(tx, tasks.c.claim_token, sorted(set(claims.values()))),
     ]
+
+
+async def _is_idle(tx: Transaction, queue: str, row: TaskRow) -> bool:
+    """Whether the task is stored just so, and in no queue."""
+    tasks = tx.tables.tasks
+    stored = select(1).where(
+        tasks.c.queue == queue,
+        tasks.c.id == row.id,
+        tasks.c.state == IDLE,
+        tasks.c.payload == row.payload,
+    )
+    return await tx.scalar(stored) is not None
 
 
 async def _store(tx: Transaction, queue: str, row: TaskRow) -> None:

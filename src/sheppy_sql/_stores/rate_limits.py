@@ -22,10 +22,10 @@ async def acquire(
     max_rate: int,
     period: timedelta,
     fixed_window: bool,
-) -> tuple[float, datetime] | None:
+) -> tuple[float, str] | None:
     """None where the task may start, its place in the window taken.
 
-    Else seconds to wait, and until when that is by the database's clock.
+    Else seconds to wait, and until when that is by the database's clock, in ISO format.
 
     Sliding: at most `max_rate` starts in the last `period`. Fixed: at most that
     many since the window's first start. Those who wait are spread out, one
@@ -42,7 +42,7 @@ async def acquire(
     if limiter.next_slot_at is not None:
         slot = max(slot, limiter.next_slot_at + period / max_rate)
     await _save(tx, limiter, next_slot_at=slot)
-    return (slot - now).total_seconds(), slot
+    return (slot - now).total_seconds(), slot.isoformat()
 
 
 async def _lock(tx: Transaction, queue: str, key: str) -> Any:

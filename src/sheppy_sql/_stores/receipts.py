@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import delete, select
 
@@ -32,15 +32,11 @@ def once(
 
     @functools.wraps(operation)
     async def receipted(tx: Transaction, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        if tx.repeated and (answers := await _find(tx, token)):
-            answer: T = json.loads(answers[0].answer)
+        if tx.repeated and not await _begin(tx, token):
+            answer: T = json.loads(await _answer(tx, token))
             return answer
         outcome = await operation(tx, *args, **kwargs)
-        await tx.execute(
-            tx.dialect.insert(tx.tables.receipts).values(
-                token=token, answer=json.dumps(outcome), created_at=tx.dialect.now()
-            )
-        )
+        await _put(tx, token, json.dumps(outcome))
         return outcome
 
     return receipted
@@ -52,6 +48,29 @@ async def prune(tx: Transaction) -> None:
     await tx.execute(delete(receipts).where(receipts.c.created_at <= tx.dialect.now(plus=-KEPT)))
 
 
-async def _find(tx: Transaction, token: int) -> Any:
+async def _begin(tx: Transaction, token: int) -> bool:
+    """False where an earlier try is committed; one that is just committing is waited for."""
     receipts = tx.tables.receipts
-    return await tx.rows(select(receipts.c.answer).where(receipts.c.token == token))
+    receipt = tx.dialect.insert(receipts).values(
+        token=token, answer="null", created_at=tx.dialect.now()
+    )
+    statement = receipt.on_conflict_do_nothing().returning(receipts.c.token)
+    return bool(await tx.rows(statement))
+
+
+async def _put(tx: Transaction, token: int, answer: str) -> None:
+    receipts = tx.tables.receipts
+    receipt = tx.dialect.insert(receipts).values(
+        token=token, answer=answer, created_at=tx.dialect.now()
+    )
+    await tx.execute(
+        receipt.on_conflict_do_update(
+            index_elements=[receipts.c.token], set_={"answer": receipt.excluded.answer}
+        )
+    )
+
+
+async def _answer(tx: Transaction, token: int) -> str:
+    receipts = tx.tables.receipts
+    answer: str = await tx.scalar(select(receipts.c.answer).where(receipts.c.token == token))
+    return answer

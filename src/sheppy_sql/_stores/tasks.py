@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
@@ -42,9 +42,17 @@ Its crashes stay: whoever postpones or retries it knows nothing of them.
 STATEMENT_ROWS = POSITION_STEP // 10
 
 
+class Added(NamedTuple):
+    """Ids that an append stored."""
+
+    now: set[str]
+    before: set[str]
+    """At an earlier try, of which nobody has heard."""
+
+
 async def add(
     tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int, state: ColumnElement[str]
-) -> set[str]:
+) -> Added:
     """The ids that were new to the queue, now stored in `state`; an id occurs once in `rows`.
 
     Two statements, because an id may be finishing at this moment: the INSERT
@@ -52,19 +60,22 @@ async def add(
     snapshot shows the result that has taken its place.
     """
     tasks = tx.tables.tasks
-    if tx.repeated:
-        # Added at the first try, though its answer was lost?
-        before = await find_appended(tx, queue, [row.id for row in rows], token)
-        if before:
-            return before
-    added: set[str] = set()
+    now: set[str] = set()
     for chunk in _chunks(rows):
         insertion = tx.dialect.insert(tasks).from_select(*_stored(tx, queue, chunk, token, state))
         statement = insertion.on_conflict_do_nothing().returning(tasks.c.id)
-        added.update(row.id for row in await tx.rows(statement))
-    if added:
-        added -= await _remove_finished(tx, queue, sorted(added), token)
-    return added
+        now.update(row.id for row in await tx.rows(statement))
+    before: set[str] = set()
+    if tx.repeated:
+        # Now, since the INSERT has waited for an earlier try that was still being committed.
+        ids = [row.id for row in rows if row.id not in now]
+        before = await find_appended(tx, queue, ids, token)
+        # One that has finished since left room in line.
+        before |= await _remove_finished(tx, queue, sorted(now), token, of_append=True)
+        now -= before
+    if now:
+        now -= await _remove_finished(tx, queue, sorted(now), token)
+    return Added(now, before)
 
 
 async def put(
@@ -84,9 +95,10 @@ async def put(
     tasks = tx.tables.tasks
     if tx.repeated and await find_appended(tx, queue, [row.id for row in rows], token):
         return False
+    stored = 0
     for chunk in _chunks(rows):
-        stored = _stored(tx, queue, chunk, token, state, promoted)
-        insertion = tx.dialect.insert(tasks).from_select(*stored)
+        source = _stored(tx, queue, chunk, token, state, promoted)
+        insertion = tx.dialect.insert(tasks).from_select(*source)
         new = insertion.excluded
         stays = and_(tasks.c.state == PENDING, new.state == PENDING)
         statement = insertion.on_conflict_do_update(
@@ -97,8 +109,15 @@ async def put(
                 "append_token": func.coalesce(new.append_token, tasks.c.append_token),
                 "position": case((stays, tasks.c.position), else_=new.position),
             },
+            # Not what an earlier try has stored that was still being committed.
+            where=or_(
+                new.append_token.is_(None),
+                tasks.c.append_token.is_distinct_from(new.append_token),
+            ),
         )
-        await tx.execute(statement)
+        stored += await tx.count(statement)
+    if tx.repeated and stored < len(rows):
+        return False
     ids = [row.id for row in rows]
     results, scheduled = tx.tables.results, tx.tables.scheduled_tasks
     await tx.execute(
@@ -190,12 +209,19 @@ async def size(tx: Transaction, queue: str) -> int:
     return int(await tx.scalar(waiting))
 
 
-async def _remove_finished(tx: Transaction, queue: str, ids: Sequence[str], token: int) -> set[str]:
-    """The ids just added that stand among the results after all; removed again."""
+async def _remove_finished(
+    tx: Transaction, queue: str, ids: Sequence[str], token: int, *, of_append: bool = False
+) -> set[str]:
+    """The ids just added that stand among the results after all; removed again.
+
+    `of_append`: only those that this very append has stored before.
+    """
     tasks, results = tx.tables.tasks, tx.tables.results
     finished = select(results.c.id).where(
         results.c.queue == queue, among(tx, results.c.id, ids), or_(unexpired(tx), is_held(tx))
     )
+    if of_append:
+        finished = finished.where(results.c.append_token == token)
     statement = delete(tasks).where(
         tasks.c.queue == queue, tasks.c.append_token == token, tasks.c.id.in_(finished)
     )
