@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import delete, func, select, union
 
 from ..schema import DUE, PENDING
+from . import workflows as workflow_store
 from ._common import among, delete_in_order, unexpired
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ async def clear(tx: Transaction, queue: str) -> int:
     )
     await tx.execute(delete(scheduled).where(scheduled.c.queue == queue, ~has_task.exists()))
     removed += await tx.count(delete(tables.crons).where(tables.crons.c.queue == queue))
+    # They stay, and what they wait for must not be added again for their sake.
+    await workflow_store.forsake(tx, queue)
     await tx.execute(delete(tables.queues).where(tables.queues.c.name == queue))
     return removed
 
