@@ -12,7 +12,7 @@ from sheppy import Backend, BackendError, Queue
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from . import _urls
+from . import _unit, _urls
 from ._claims import Claims
 from ._options import DEFAULT_MAX_PAYLOAD_BYTES, DEFAULT_TTL, INHERIT, Options
 from ._payloads import Payload
@@ -309,6 +309,10 @@ class SqlBackend(Backend):
         return await self._connected.limiter.acquire(
             queue_name, key, max_rate, rate_period, task_id, strategy
         )
+
+    def _begin_unit(self, queue_name: str, task_id: str) -> None:
+        """Of the task that runs in this context: see children_with_result."""
+        _unit.begin(self._connected.wakeups, queue_name, task_id)
 
     async def _resume_workflow(self, queue_name: str, workflow_id: str) -> None:
         queue: Any = Queue(self, queue_name)

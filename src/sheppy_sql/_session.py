@@ -86,6 +86,7 @@ class Session:
             parts,
         )
         self.database = database
+        self.wakeups = wakeups
         self.consumer = Consumer(
             database,
             wakeups,
