@@ -69,7 +69,7 @@ class Producer:
         if not isinstance(tasks, (list, tuple)):
             raise ValueError(f"tasks must be a list, not {type(tasks).__name__}")
         rows = [encode_task(task, self._max_bytes) for task in tasks]
-        if unique and (unit := _unit.current(self._wakeups)):
+        if unique and (unit := _unit.for_children(self._wakeups, tasks)):
             held_back = await unit.take(self._database, queue, rows)
             if held_back is not None:
                 return held_back
@@ -82,7 +82,7 @@ class Producer:
         """Have a task become due at `at`; False where `unique` and its id is taken."""
         check_queue(queue)
         row, run_at = encode_task(task, self._max_bytes), check_moment(at, "at")
-        if unique and (unit := _unit.current(self._wakeups)):
+        if unique and (unit := _unit.for_children(self._wakeups, [task])):
             held_back = await unit.take(self._database, queue, [row], run_at)
             if held_back is not None:
                 return held_back[0]

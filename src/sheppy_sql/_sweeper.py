@@ -71,29 +71,24 @@ class Sweeper:
         last = ""
         while page := await self._stalled(queue, last):
             last = page[-1].id
-            payloads = await self._database.read(
-                "get workflows", workflow_store.get, queue, [row.id for row in page]
-            )
-            workflows = {workflow_id: decode(text) for workflow_id, text in payloads.items()}
-            pending = {
-                workflow_id: set(workflow.get("pending_task_ids") or [])
-                for workflow_id, workflow in workflows.items()
-            }
-            busy = await self._database.read(
-                "look for stuck workflows",
-                workflow_store.unsettled,
-                queue,
-                sorted(set().union(*pending.values())),
-                self._grace,
-            )
             for row in page:
-                if not pending.get(row.id) or pending[row.id] & busy:
-                    continue
-                function = workflows[row.id].get("func")
-                if can_import(function):
-                    await self._take_and_resume(queue, row.id)
-                else:
-                    self._leave_alone(queue, row, function)
+                await self._look_after(queue, row)
+
+    async def _look_after(self, queue: str, row: workflow_store.Stalled) -> None:
+        found = await self._database.read("get a workflow", workflow_store.get, queue, [row.id])
+        if row.id not in found:
+            return
+        workflow = decode(found[row.id])
+        pending = workflow.get("pending_task_ids") or []
+        if not pending or await self._database.read(
+            "look for live tasks", workflow_store.any_unsettled, queue, pending, self._grace
+        ):
+            return
+        function = workflow.get("func")
+        if can_import(function):
+            await self._take_and_resume(queue, row.id)
+        else:
+            self._leave_alone(queue, row, function)
 
     async def _stalled(self, queue: str, after: str) -> list[workflow_store.Stalled]:
         """Some that may be stuck, in the order of their ids; those that are left alone are not."""

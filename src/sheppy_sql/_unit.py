@@ -126,16 +126,24 @@ def begin(wakeups: Wakeups, queue: str, task_id: str) -> None:
         _unit.set(Unit(wakeups, queue, task_id))
 
 
-def current(wakeups: Wakeups) -> Unit | None:
-    """The unit in which a task of this installation is running here, if there is one."""
-    unit = _unit.get()
-    return unit if unit is not None and unit.is_open_in(wakeups) else None
+def for_children(wakeups: Wakeups, tasks: Sequence[Payload]) -> Unit | None:
+    """The unit of the task that is running here and enqueues these, if there is one.
+
+    None for the steps of a workflow, as its record, which waits for them, is stored at once.
+    """
+    unit = _current(wakeups)
+    return None if unit is None or any(task.get("workflow_id") for task in tasks) else unit
 
 
 def end(wakeups: Wakeups, queue: str, task: Payload) -> Children | None:
     """End the unit if it is that of the task, which is about to be stored."""
-    unit = current(wakeups)
+    unit = _current(wakeups)
     if unit is None or not unit.is_of(queue, task):
         return None
     _unit.set(None)
     return unit.end(task)
+
+
+def _current(wakeups: Wakeups) -> Unit | None:
+    unit = _unit.get()
+    return unit if unit is not None and unit.is_open_in(wakeups) else None

@@ -383,6 +383,23 @@ async def test_workflow_of_tasks_under_the_middleware_goes_on(
     assert found.final_result == 20
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_workflow_that_a_task_adds_starts_at_once(app: Queue, fails: bool) -> None:
+    """For its record is stored at once, and would wait for its first tasks."""
+
+    async def add(queue: Queue) -> None:
+        await queue.add_workflow(dying.two_steps())
+        await queue.add(leaf(0))
+        answers.append(await waiting(queue))
+        if fails:
+            raise RuntimeError("broken")
+
+    actions["add"] = add
+    await run_one(app, act("add"))
+    assert answers == [[1]]
+    assert await waiting(app) == ([1] if fails else [1, 0])
+
+
 async def test_other_backends_are_left_alone() -> None:
     backend = MemoryBackend(instant_processing=False)
     await backend.connect()

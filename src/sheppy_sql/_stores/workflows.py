@@ -140,8 +140,8 @@ async def stalled(
     return [Stalled(row.id, row.touched_at) for row in await tx.rows(statement)]
 
 
-async def unsettled(tx: Transaction, queue: str, task_ids: Sequence[str], grace: float) -> set[str]:
-    """Which of the tasks are live, or have ended less than `grace` seconds ago."""
+async def any_unsettled(tx: Transaction, queue: str, task_ids: Sequence[str], grace: float) -> bool:
+    """Whether one of the tasks is live, or has ended less than `grace` seconds ago."""
     tasks, results = tx.tables.tasks, tx.tables.results
     live = select(tasks.c.id).where(tasks.c.queue == queue, among(tx, tasks.c.id, task_ids))
     ended = select(results.c.id).where(
@@ -150,7 +150,7 @@ async def unsettled(tx: Transaction, queue: str, task_ids: Sequence[str], grace:
         results.c.finished_at > tx.dialect.now(plus=-grace),
     )
     # One snapshot: a task that ends just now is in one of them.
-    return {row.id for row in await tx.rows(union_all(live, ended))}
+    return await tx.scalar(union_all(live, ended).limit(1)) is not None
 
 
 async def touch_stalled(tx: Transaction, queue: str, workflow_id: str, grace: float) -> bool:
