@@ -211,6 +211,7 @@ async def test_ids_that_are_no_list_are_refused(backend: SqlBackend, bad: Any) -
         ("pool_size", [0, -1, 1.5, "1", None, True, 10**6]),
         ("connect_timeout", [0, -1, math.nan, math.inf, "1", None, True]),
         ("max_poll_interval", [0, -1, math.nan, math.inf, "1", None, True]),
+        ("resume_workflows_after", [0, -1, math.nan, math.inf, 1e300, "60", True]),
         ("migrate", ["yes", 1, None]),
         ("schema", ["app"]),
     ],

@@ -83,3 +83,19 @@ async def test_no_statement_of_the_hot_path_reads_a_whole_table(
             assert "Seq Scan on sheppy_" not in plan, (name, plan)
             assert "SCAN sheppy_" not in plan, (name, plan)
             assert "Sort Key: sheppy_tasks" not in plan, (name, plan)
+
+
+async def test_looking_for_stuck_workflows_does_not_read_the_finished_ones(
+    large: SqlBackend, database: TestDatabase
+) -> None:
+    await database.execute(
+        "INSERT INTO sheppy_workflows (queue, id, payload, finished, created_at)"
+        " SELECT queue, id, payload, id < '019990', '2026-01-01 00:00:00' FROM sheppy_tasks"
+    )
+    await database.execute("ANALYZE")
+    sweeper = large._connected.sweeper
+    assert sweeper is not None
+    look, *_ = await plans(large, database, functools.partial(sweeper._stalled, "q", ""))
+    assert "sheppy_workflows_unfinished" in look
+    assert "Seq Scan on sheppy_workflows" not in look
+    assert "SCAN sheppy_" not in look

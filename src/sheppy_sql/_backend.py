@@ -8,11 +8,11 @@ import os
 from datetime import datetime
 from typing import Any
 
-from sheppy import Backend, BackendError
+from sheppy import Backend, BackendError, Queue
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from . import _urls
+from . import _unit, _urls
 from ._claims import Claims
 from ._options import DEFAULT_MAX_PAYLOAD_BYTES, DEFAULT_TTL, INHERIT, Options
 from ._payloads import Payload
@@ -48,6 +48,9 @@ class SqlBackend(Backend):
         on_crash: What becomes of a task whose worker died: "requeue" (default), so it may
             run twice, or "fail". The next sheppy decides that itself.
         max_crashes: How many workers may die of a task before it fails. Default 5.
+        resume_workflows_after: Seconds after which a workflow is resumed whose tasks have all
+            ended and which nobody has gone on with, as its worker or producer died between two
+            steps. Only backends that take tasks of its queue do it. Default 60; None: never.
         migrate: Make or upgrade the tables on connect(). SQLite always does; on
             PostgreSQL prefer "sheppy-sql db upgrade" in the deployment.
         prepared_statements: Whether PostgreSQL keeps statements between transactions. None
@@ -75,6 +78,7 @@ class SqlBackend(Backend):
         max_loop_stall: float | None = None,
         on_crash: str = "requeue",
         max_crashes: int = 5,
+        resume_workflows_after: float | None = 60.0,
         migrate: bool = False,
         prepared_statements: bool | None = None,
     ) -> None:
@@ -96,6 +100,7 @@ class SqlBackend(Backend):
             max_loop_stall=max_loop_stall,
             on_crash=on_crash,
             max_crashes=max_crashes,
+            resume_workflows_after=resume_workflows_after,
             migrate=migrate,
             prepared_statements=prepared_statements,
         )
@@ -123,6 +128,7 @@ class SqlBackend(Backend):
                 self._claims,
                 self._options,
                 host_decides=self._host_decides,
+                resume_workflow=self._resume_workflow,
             )
 
     async def disconnect(self) -> None:
@@ -303,6 +309,18 @@ class SqlBackend(Backend):
         return await self._connected.limiter.acquire(
             queue_name, key, max_rate, rate_period, task_id, strategy
         )
+
+    def _begin_unit(self, queue_name: str, task_id: str) -> None:
+        """Of the task that runs in this context: see children_with_result."""
+        _unit.begin(self._connected.wakeups, queue_name, task_id)
+
+    async def _resume_workflow(self, queue_name: str, workflow_id: str) -> None:
+        queue: Any = Queue(self, queue_name)
+        # sheppy 0.0.7 has it here, its next release among what is experimental.
+        if hasattr(queue, "resume_workflow"):
+            await queue.resume_workflow(workflow_id)
+        else:
+            await queue.experimental._resume_workflow(workflow_id)
 
     @property
     def _host_decides(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sheppy import BackendError
 
-from . import _wakeups
+from . import _unit, _wakeups
 from ._claims import Park
 from ._database import CANCELLED_PATIENCE, new_token
 from ._payloads import Payload, TaskRow, decode, encode_task
@@ -82,6 +82,7 @@ class Consumer:
     async def store_result(self, queue: str, task: Payload) -> bool:
         """Store a task that ran; nothing changes where the claim on it was lost."""
         check_queue(queue)
+        children = _unit.end(self._wakeups, queue, task)
         row = encode_task(task, self._options.max_payload_bytes)
         if "finished_at" not in task:
             raise ValueError("task has no 'finished_at': set it, to None if it is not finished")
@@ -94,8 +95,9 @@ class Consumer:
         try:
             if task["finished_at"]:
                 ttl = self._options.ttl_for(task)
+                finish = children.finish if children else claim_store.finish
                 stored = await self._database.write(
-                    "store a result", claim_store.finish, queue, row, token, ttl
+                    "store a result", finish, queue, row, token, ttl
                 )
             else:
                 stored = await self._set_aside(queue, row, task, token)
@@ -112,6 +114,8 @@ class Consumer:
             self._end(queue, row.id, token)
             if task["finished_at"]:
                 self._wakeups.wake([_wakeups.finished(queue, row.id)])
+            if children:
+                self._wakeups.wake(children.topics)
         return True
 
     async def acknowledge(self, queue: str, ids: Sequence[str]) -> None:

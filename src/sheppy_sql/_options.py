@@ -12,6 +12,7 @@ DAY = 86_400.0
 DEFAULT_TTL = 30 * DAY
 DEFAULT_MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
 LARGEST_PAYLOAD_BYTES = 512 * 1024 * 1024
+LONGEST_GRACE = 1_000 * 365 * DAY
 LONGEST_TTL = 10_000 * 365 * DAY / 2  # beyond it, the databases' calendars end
 INHERIT = "inherit"
 SHORTEST_LEASE = 1.0  # seconds
@@ -37,6 +38,7 @@ class Options:
     max_loop_stall: float | None = None
     on_crash: str = "requeue"
     max_crashes: int = 5
+    resume_workflows_after: float | None = 60.0
     migrate: bool = False
     prepared_statements: bool | None = None
 
@@ -61,6 +63,7 @@ class Options:
         if self.on_crash not in CRASH_POLICIES:
             raise ValueError(f"on_crash must be one of {', '.join(map(repr, CRASH_POLICIES))}")
         _check_range("max_crashes", self.max_crashes, 1, 1000)
+        _check_grace("resume_workflows_after", self.resume_workflows_after)
         if not isinstance(self.migrate, bool):
             raise ValueError("migrate must be True or False")
         if not (self.prepared_statements is None or isinstance(self.prepared_statements, bool)):
@@ -108,6 +111,13 @@ def _check_ttl(name: str, value: float | str | None) -> None:
     seconds = check_number(value, name)
     if not 0 < seconds <= LONGEST_TTL:
         raise ValueError(f"{name} must be a positive number of seconds, or None to keep for ever")
+
+
+def _check_grace(name: str, value: float | None) -> None:
+    if value is None:
+        return
+    if not 0 < check_number(value, name) <= LONGEST_GRACE:
+        raise ValueError(f"{name} must be a positive number of seconds, or None for never")
 
 
 def _check_seconds(name: str, value: float) -> None:

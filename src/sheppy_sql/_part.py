@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -35,7 +36,9 @@ class Part:
     def start(self) -> None:
         """Begin; harmless where it has begun."""
         if self._running is None:
-            self._running = asyncio.get_running_loop().create_task(self._repeat())
+            loop = asyncio.get_running_loop()
+            # In a context of its own: it outlives whoever happens to start it.
+            self._running = contextvars.Context().run(loop.create_task, self._repeat())
 
     def hurry(self) -> None:
         """Have the next step follow at once."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import _wakeups
+from . import _unit, _wakeups
 from ._database import new_token
 from ._payloads import Payload, TaskRow, decode, encode_task
 from ._stores import claims as claim_store
@@ -69,6 +69,10 @@ class Producer:
         if not isinstance(tasks, (list, tuple)):
             raise ValueError(f"tasks must be a list, not {type(tasks).__name__}")
         rows = [encode_task(task, self._max_bytes) for task in tasks]
+        if unique and (unit := _unit.for_children(self._wakeups, tasks)):
+            held_back = await unit.take(self._database, queue, rows)
+            if held_back is not None:
+                return held_back
         if unique:
             return await self._append_new(queue, rows)
         await self._append_again(queue, rows)
@@ -78,6 +82,10 @@ class Producer:
         """Have a task become due at `at`; False where `unique` and its id is taken."""
         check_queue(queue)
         row, run_at = encode_task(task, self._max_bytes), check_moment(at, "at")
+        if unique and (unit := _unit.for_children(self._wakeups, [task])):
+            held_back = await unit.take(self._database, queue, [row], run_at)
+            if held_back is not None:
+                return held_back[0]
         # Crons are offered again and again: where one transaction writes at a time, look first.
         look_first = unique and self._database.dialect.embedded
         if look_first and await self._database.read(

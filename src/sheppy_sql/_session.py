@@ -30,6 +30,7 @@ from ._pruner import Pruner
 from ._remover import Remover
 from ._stores import installation as installation_store
 from ._suspects import Suspects
+from ._sweeper import Sweeper
 from ._viewer import Viewer
 from .schema import SCHEMA_VERSION, Tables
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from ._dialects import Dialect
     from ._options import Options
     from ._stores.installation import Installation
+    from ._sweeper import Resume
 
 logger = logging.getLogger("sheppy_sql")
 
@@ -60,6 +62,7 @@ class Session:
         *,
         owns_engine: bool,
         host_decides: bool,
+        resume_workflow: Resume,
     ) -> None:
         wakeups = _wakeups.hub(installation.name)
         suspects = Suspects()
@@ -69,17 +72,23 @@ class Session:
             database, wakeups, suspects, options, process, owner=owner, host_decides=host_decides
         )
         leftovers = Leftovers(database, wakeups, owner=owner)
+        self.sweeper: Sweeper | None = None
+        parts = [
+            Part("look after claims", leases.reclaim, leases.interval),
+            Part("hand back tasks", leftovers.hand_back, leases.interval),
+            Part("prune", Pruner(database).prune, _pruner.INTERVAL),
+        ]
+        if options.resume_workflows_after is not None:
+            self.sweeper = Sweeper(database, resume_workflow, grace=options.resume_workflows_after)
+            parts.append(Part("resume workflows", self._sweep, self.sweeper.interval))
         # What ends with this process needs no signs of life.
         beats = not host_decides and not database.is_in_memory
         self._background = Background(
             Heart(database, process, options, owner=owner) if beats else None,
-            [
-                Part("look after claims", leases.reclaim, leases.interval),
-                Part("hand back tasks", leftovers.hand_back, leases.interval),
-                Part("prune", Pruner(database).prune, _pruner.INTERVAL),
-            ],
+            parts,
         )
         self.database = database
+        self.wakeups = wakeups
         self.consumer = Consumer(
             database,
             wakeups,
@@ -108,6 +117,7 @@ class Session:
         options: Options,
         *,
         host_decides: bool,
+        resume_workflow: Resume,
     ) -> Session:
         """Connect by a URL, or through an engine that stays the application's.
 
@@ -134,7 +144,13 @@ class Session:
                 abs(offset),
             )
         session = cls(
-            database, installation, claims, options, owns_engine=ours, host_decides=host_decides
+            database,
+            installation,
+            claims,
+            options,
+            owns_engine=ours,
+            host_decides=host_decides,
+            resume_workflow=resume_workflow,
         )
         await anext(session._end)
         return session
@@ -155,6 +171,10 @@ class Session:
         self._background.abandon()
         # Never finalised: the generator's end would signal the parent's event loop.
         _abandoned.append(self._end)
+
+    async def _sweep(self) -> None:
+        if self.sweeper is not None:
+            await self.sweeper.sweep(sorted(self.consumer.queues))
 
     async def _until_end(self) -> AsyncGenerator[None, None]:
         """Closes the session when it is closed itself, by whomever.

@@ -27,6 +27,7 @@ from sqlalchemy.schema import SchemaItem
 from sqlalchemy.types import TypeDecorator
 
 if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
     from sqlalchemy.engine import Dialect
 
 SCHEMA_VERSION = 2
@@ -45,6 +46,8 @@ PENDING = literal_column("'pending'", String)
 CLAIMED = literal_column("'claimed'", String)
 SCHEDULED = literal_column("'scheduled'", String)
 IDLE = literal_column("'idle'", String)
+UNFINISHED: ColumnElement[Any] = literal_column("NOT finished")
+"""Without a type: of a Boolean, SQLAlchemy makes `.. = 1` for SQLite, and no index has that."""
 
 # Small, hot and churning: leave room on the page, vacuum early.
 SCHEDULE_STORAGE = "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000"
@@ -53,6 +56,9 @@ TASKS_STORAGE = f"fillfactor = 70, {SCHEDULE_STORAGE}, autovacuum_analyze_scale_
 DUE = "due"
 LEASED = "leased"
 PARKED = "parked"
+
+NEVER = datetime(9999, 1, 1, tzinfo=timezone.utc)
+"""When a workflow was touched whose tasks were cleared: nobody is to add them again."""
 
 
 def sqlite_timestamp(value: datetime) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import delete, func, select, union
 
 from ..schema import DUE, PENDING
+from . import workflows as workflow_store
 from ._common import among, delete_in_order, unexpired
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ async def clear(tx: Transaction, queue: str) -> int:
     finished = select(func.count()).where(tables.results.c.queue == queue, unexpired(tx))
     removed = int(await tx.scalar(finished))
     # The order in which everybody locks: tasks, by id, then results, then the rest.
-    while ids := await _lock_some(tx, queue):
+    last = ""
+    while ids := await _lock_some(tx, queue, last):
+        last = ids[-1]
         removed += await tx.count(
             delete(tables.tasks).where(
                 tables.tasks.c.queue == queue, among(tx, tables.tasks.c.id, ids)
@@ -85,15 +88,18 @@ async def clear(tx: Transaction, queue: str) -> int:
     )
     await tx.execute(delete(scheduled).where(scheduled.c.queue == queue, ~has_task.exists()))
     removed += await tx.count(delete(tables.crons).where(tables.crons.c.queue == queue))
+    # They stay, and what they wait for must not be added again for their sake.
+    await workflow_store.forsake(tx, queue)
     await tx.execute(delete(tables.queues).where(tables.queues.c.name == queue))
     return removed
 
 
-async def _lock_some(tx: Transaction, queue: str) -> list[str]:
-    """The first ids of a queue's tasks, a statement's worth, none of which changes any more."""
+async def _lock_some(tx: Transaction, queue: str, after: str) -> list[str]:
+    """The next ids of a queue's tasks, a statement's worth, none of which changes any more."""
     tasks = tx.tables.tasks
-    some = select(tasks.c.id).where(tasks.c.queue == queue).order_by(tasks.c.id)
-    return [row.id for row in await tx.rows(some.limit(CHUNK).with_for_update())]
+    some = select(tasks.c.id).where(tasks.c.queue == queue, tasks.c.id > after)
+    locked = some.order_by(tasks.c.id).limit(CHUNK).with_for_update()
+    return [row.id for row in await tx.rows(locked)]
 
 
 def _distinct(queue: Column[str]) -> Select[tuple[str]]:

@@ -144,6 +144,16 @@ async def exists(tx: Transaction, queue: str, task_id: str) -> bool:
     return bool(await get(tx, queue, [task_id]))
 
 
+async def find(tx: Transaction, queue: str, ids: Sequence[str]) -> set[str]:
+    """Those of the ids that are taken, by a task in whatever state."""
+    tasks, results = tx.tables.tasks, tx.tables.results
+    live = select(tasks.c.id).where(tasks.c.queue == queue, among(tx, tasks.c.id, ids))
+    ended = select(results.c.id).where(
+        results.c.queue == queue, among(tx, results.c.id, ids), unexpired(tx)
+    )
+    return {row.id for row in await tx.rows(union_all(ended, live))}
+
+
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
     """Payloads by id, in whatever state: one snapshot, so that a moving task is seen once."""
     tasks, results = tx.tables.tasks, tx.tables.results

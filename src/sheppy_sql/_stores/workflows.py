@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import Text, delete, func, insert, literal, select
+from sqlalchemy import Text, case, delete, func, insert, literal, select, union_all, update
 
+from ..schema import NEVER, UNFINISHED
 from ._common import among
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy import ColumnElement
+
     from .._database import Transaction
+
+
+class Stalled(NamedTuple):
+    """An unfinished workflow that has not been touched for a while."""
+
+    id: str
+    touched_at: datetime
 
 
 async def put(
@@ -24,9 +36,10 @@ async def put(
 ) -> None:
     """Store a workflow and, in place of what it waited for, what it waits for now."""
     workflows, waiting = tx.tables.workflows, tx.tables.workflow_tasks
-    changes = {"payload": payload, "finished": finished}
+    now = tx.dialect.now()
+    changes = {"payload": payload, "finished": finished, "updated_at": now}
     statement = tx.dialect.insert(workflows).values(
-        queue=queue, id=workflow_id, created_at=tx.dialect.now(), **changes
+        queue=queue, id=workflow_id, created_at=now, **changes
     )
     await tx.execute(
         statement.on_conflict_do_update(
@@ -66,7 +79,7 @@ async def get_all(tx: Transaction, queue: str, *, unfinished: bool = False) -> l
         .order_by(workflows.c.created_at, workflows.c.id)
     )
     if unfinished:
-        statement = statement.where(~workflows.c.finished)
+        statement = statement.where(UNFINISHED)
     return [row.payload for row in await tx.rows(statement)]
 
 
@@ -82,17 +95,88 @@ async def remove(tx: Transaction, queue: str, workflow_id: str) -> bool:
 async def complete_task(tx: Transaction, queue: str, workflow_id: str, task_id: str) -> int:
     """How many tasks the workflow still waits for; -1 where it did not wait for this one."""
     workflows, waiting = tx.tables.workflows, tx.tables.workflow_tasks
-    # Locked first: of two last tasks, one must see the other gone.
-    locked = (
-        select(1).where(workflows.c.queue == queue, workflows.c.id == workflow_id).with_for_update()
+    now = tx.dialect.now()
+    # Locked thereby: of two last tasks, one must see the other gone.
+    touched = (
+        update(workflows)
+        .where(workflows.c.queue == queue, workflows.c.id == workflow_id)
+        .values(updated_at=case((workflows.c.updated_at > now, workflows.c.updated_at), else_=now))
     )
-    if await tx.scalar(locked) is None:
+    if await tx.count(touched) == 0:
         return -1
     of_workflow = (waiting.c.queue == queue, waiting.c.workflow_id == workflow_id)
     done = delete(waiting).where(*of_workflow, waiting.c.task_id == task_id)
     if await tx.count(done) == 0:
         return -1
     return int(await tx.scalar(select(func.count()).where(*of_workflow)))
+
+
+async def stalled(
+    tx: Transaction, queue: str, grace: float, after: str, limit: int
+) -> list[Stalled]:
+    """Unfinished ones, ids from `after` on, not touched for `grace` seconds.
+
+    Without those that are known to wait for a live task; others may, too.
+    """
+    workflows, waiting, tasks = tx.tables.workflows, tx.tables.workflow_tasks, tx.tables.tasks
+    waits = (
+        select(1)
+        .join_from(
+            waiting,
+            tasks,
+            (tasks.c.queue == waiting.c.queue) & (tasks.c.id == waiting.c.task_id),
+        )
+        .where(waiting.c.queue == workflows.c.queue, waiting.c.workflow_id == workflows.c.id)
+    )
+    # An expression, lest the primary key be searched: it holds all that have ever finished.
+    place = workflows.c.id.concat("")
+    statement = (
+        select(workflows.c.id, _touched(tx).label("touched_at"))
+        .where(workflows.c.queue == queue, UNFINISHED, place > after)
+        .where(_touched(tx) <= tx.dialect.now(plus=-grace), ~waits.exists())
+        .order_by(place)
+        .limit(limit)
+    )
+    return [Stalled(row.id, row.touched_at) for row in await tx.rows(statement)]
+
+
+async def any_unsettled(tx: Transaction, queue: str, task_ids: Sequence[str], grace: float) -> bool:
+    """Whether one of the tasks is live, or has ended less than `grace` seconds ago."""
+    tasks, results = tx.tables.tasks, tx.tables.results
+    live = select(tasks.c.id).where(tasks.c.queue == queue, among(tx, tasks.c.id, task_ids))
+    ended = select(results.c.id).where(
+        results.c.queue == queue,
+        among(tx, results.c.id, task_ids),
+        results.c.finished_at > tx.dialect.now(plus=-grace),
+    )
+    # One snapshot: a task that ends just now is in one of them.
+    return await tx.scalar(union_all(live, ended).limit(1)) is not None
+
+
+async def touch_stalled(tx: Transaction, queue: str, workflow_id: str, grace: float) -> bool:
+    """Touch a workflow; False where it has ended, or been touched within `grace` seconds."""
+    workflows = tx.tables.workflows
+    statement = (
+        update(workflows)
+        .where(workflows.c.queue == queue, workflows.c.id == workflow_id, UNFINISHED)
+        .where(_touched(tx) <= tx.dialect.now(plus=-grace))
+        .values(updated_at=tx.dialect.now())
+    )
+    return await tx.count(statement) > 0
+
+
+async def forsake(tx: Transaction, queue: str) -> None:
+    """Have none of a queue's unfinished workflows count as stalled until it is stored anew."""
+    workflows = tx.tables.workflows
+    unfinished = (workflows.c.queue == queue, UNFINISHED)
+    locked = select(workflows.c.id).where(*unfinished).order_by(workflows.c.id)
+    if await tx.rows(locked.with_for_update()):
+        await tx.execute(update(workflows).where(*unfinished).values(updated_at=NEVER))
+
+
+def _touched(tx: Transaction) -> ColumnElement[Any]:
+    workflows = tx.tables.workflows
+    return func.coalesce(workflows.c.updated_at, workflows.c.created_at)
 
 
 async def _stop_waiting(tx: Transaction, queue: str, workflow_id: str) -> None:
