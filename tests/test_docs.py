@@ -18,12 +18,13 @@ import httpx
 import pytest
 import sheppy.cli.cli
 import typer.main
-from sheppy import Queue, task
+from sheppy import Queue, Task, task
 from trustme import CA
 from typer.core import TyperGroup
 
 from sheppy_sql import SqlBackend, _urls, cli, migrate
 from sheppy_sql.schema import SCHEMA_VERSION
+from tests.support import run_worker
 from tests.support.databases import TestDatabase
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Spawner, environment
@@ -40,6 +41,7 @@ ROUTER = "app.include_router("
 WORKER = ").work()"
 ROLES = 'schema="sheppy")'
 AUTOGENERATE = "def include_name("
+MIDDLEWARE = "middleware=[children_with_result]"
 # Parts of a proposal: to be read, not run.
 SKETCHES = ("def create_backend(",)
 
@@ -49,6 +51,11 @@ URL = re.compile(r"(?:postgres|postgresql|sqlite)(?:\+\w+)?://[^\s\"'`|]*")
 @task
 async def double(number: int) -> int:
     return 2 * number
+
+
+@task
+async def then_double(number: int) -> Task:
+    return double(number)
 
 
 def read(page: str) -> str:
@@ -102,7 +109,7 @@ def table(page: str, first_column: str) -> list[list[str]]:
 
 
 def test_every_block_of_python_is_tested_or_a_sketch() -> None:
-    tested = (PROGRAM, ENGINE, ROUTER, WORKER, ROLES, AUTOGENERATE)
+    tested = (PROGRAM, ENGINE, ROUTER, WORKER, ROLES, AUTOGENERATE, MIDDLEWARE)
     for page in GUIDES:
         for text in blocks(page, "python"):
             compile(text, page, "exec")
@@ -154,6 +161,17 @@ async def test_worker_with_options_works_until_it_is_stopped(
     assert child.stderr == ""
 
 
+async def test_worker_with_the_middleware_enqueues_a_tasks_children(
+    database: TestDatabase, tmp_path: Path
+) -> None:
+    found = names("docs/durability.md", MIDDLEWARE, database.url, tmp_path)
+    queue, parent = Queue(found["backend"], "emails"), then_double(21)
+    await queue.add(parent)
+    await run_worker(found["worker"], max_tasks=2)
+    assert sorted(str(task.result) for task in await queue.get_all_tasks())[0] == "42"
+    await found["backend"].disconnect()
+
+
 async def test_two_roles_are_enough_and_the_statements_work(
     private_server: Callable[..., PostgresServer], tmp_path: Path
 ) -> None:
@@ -176,7 +194,7 @@ async def test_two_roles_are_enough_and_the_statements_work(
     await queue.backend.store_result("emails", done)
     delete = block(page, "DELETE FROM", "sql")
     assert await admin.execute(delete) == "DELETE 0"
-    await admin.execute("UPDATE sheppy.sheppy_results SET expires_at = now() - interval '1 day'")
+    await admin.execute("UPDATE sheppy.sheppy_results SET expires_at = now() - interval '2 days'")
     assert await admin.execute(delete) == "DELETE 1"
     assert await queue.clear() == 0
     await queue.backend.disconnect()

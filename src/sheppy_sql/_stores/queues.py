@@ -70,7 +70,7 @@ async def clear(tx: Transaction, queue: str) -> int:
     finished = select(func.count()).where(tables.results.c.queue == queue, unexpired(tx))
     removed = int(await tx.scalar(finished))
     # The order in which everybody locks: tasks, by id, then results, then the rest.
-    last = ""
+    last: str | None = None
     while ids := await _lock_some(tx, queue, last):
         last = ids[-1]
         removed += await tx.count(
@@ -94,10 +94,12 @@ async def clear(tx: Transaction, queue: str) -> int:
     return removed
 
 
-async def _lock_some(tx: Transaction, queue: str, after: str) -> list[str]:
+async def _lock_some(tx: Transaction, queue: str, after: str | None) -> list[str]:
     """The next ids of a queue's tasks, a statement's worth, none of which changes any more."""
     tasks = tx.tables.tasks
-    some = select(tasks.c.id).where(tasks.c.queue == queue, tasks.c.id > after)
+    some = select(tasks.c.id).where(tasks.c.queue == queue)
+    if after is not None:
+        some = some.where(tasks.c.id > after)
     locked = some.order_by(tasks.c.id).limit(CHUNK).with_for_update()
     return [row.id for row in await tx.rows(locked)]
 
