@@ -45,8 +45,12 @@ class Consumer:
         *,
         owner: str,
         begin: Callable[[], Awaitable[None]],
+        host_decides: bool,
     ) -> None:
-        """`begin` is called before anything is taken: from then on the owner must be alive."""
+        """`begin` is called before anything is taken: from then on the owner must be alive.
+
+        `host_decides`: the worker gives the signs of life, and says what is stale.
+        """
         self.queues: set[str] = set()
         """From which it has taken tasks, or tried to."""
         self._database = database
@@ -54,6 +58,7 @@ class Consumer:
         self._options = options
         self._owner = owner
         self._begin = begin
+        self._host_decides = host_decides
         self._claims = claims
         self._suspects = suspects
         self._taking = 0
@@ -142,7 +147,13 @@ class Consumer:
         stale = await self._claim_under(
             token,
             lambda tx: claim_store.take_over(
-                tx, queue, min(idle, LONGEST_DELAY), self._owner, token
+                tx,
+                queue,
+                min(idle, LONGEST_DELAY),
+                self._owner,
+                token,
+                # Workers of an older sheppy know no heartbeats, and go on while it is replaced.
+                spare_consumers=self._host_decides,
             ),
         )
         self._claims.take(queue, [task_id for task_id, _ in stale], token)

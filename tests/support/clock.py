@@ -34,9 +34,9 @@ def shift(monkeypatch: pytest.MonkeyPatch, offset: timedelta) -> None:
 
     shifted = []
     for name, module in sorted(sys.modules.items()):
-        if name.partition(".")[0] in PACKAGES and name != DATABASES_OWN:
-            if vars(module).get("datetime") is datetime:
-                monkeypatch.setattr(module, "datetime", Shifted)
-                shifted.append(name)
+        ours = name.partition(".")[0] in PACKAGES and name != DATABASES_OWN
+        if ours and vars(module).get("datetime") is datetime:
+            monkeypatch.setattr(module, "datetime", Shifted)
+            shifted.append(name)
     assert "sheppy.queue" in shifted
     assert "sheppy_sql._session" in shifted
