@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from sheppy_sql import _pruner
 from sheppy_sql._pruner import Pruner
+from sheppy_sql._stores import results as result_store
 from tests.contract.tasks import (
     FUTURE,
     PAST,
@@ -150,13 +151,13 @@ async def test_old_results_are_deleted_in_batches(
     await store_finished(backend, make_task("kept"))
     await store_expired(database, 25, HOUR)
     batches: list[int] = []
-    prune_results = _pruner.result_store.prune
+    prune_results = result_store.prune
 
     async def counted(tx: Any, most: int) -> int:
         batches.append(await prune_results(tx, most))
         return batches[-1]
 
-    monkeypatch.setattr(_pruner.result_store, "prune", counted)
+    monkeypatch.setattr(result_store, "prune", counted)
     monkeypatch.setattr(_pruner, "BATCH", 10)
     assert await prune(backend, database) == 25
     assert batches == [10, 10, 5]

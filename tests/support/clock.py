@@ -24,12 +24,17 @@ def from_now(database: TestDatabase, seconds: float) -> object:
     return sqlite_timestamp(moment) if database.dialect == "sqlite" else moment
 
 
+class _AnyDatetime(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, datetime)
+
+
 def shift(monkeypatch: pytest.MonkeyPatch, offset: timedelta) -> None:
     """Have sheppy and sheppy-sql read a clock that is ahead by `offset`; the database does not."""
 
-    class Shifted(datetime):
+    class Shifted(datetime, metaclass=_AnyDatetime):
         @classmethod
-        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]  # not a Shifted
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]  # no Shifted
             return datetime.now(tz) + offset
 
     shifted = []
@@ -38,5 +43,5 @@ def shift(monkeypatch: pytest.MonkeyPatch, offset: timedelta) -> None:
         if ours and vars(module).get("datetime") is datetime:
             monkeypatch.setattr(module, "datetime", Shifted)
             shifted.append(name)
-    assert "sheppy.queue" in shifted
+    assert {"sheppy.queue", "sheppy.models", "sheppy._utils.task_execution"} <= {*shifted}
     assert "sheppy_sql._session" in shifted
