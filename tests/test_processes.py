@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import threading
 import time
@@ -322,10 +323,13 @@ async def test_preforking_server_uses_its_masters_backend_in_its_workers(
     make_backend: MakeBackend, database: TestDatabase, spawn: Spawner, tmp_path: Path
 ) -> None:
     watching = await make_backend(lease=LEASE)
-    socket = tmp_path / "web"
+    # A file, as only that may have settings which this gunicorn does not know.
+    config = tmp_path / "gunicorn.conf.py"
+    config.write_text(
+        "bind, workers, preload_app, control_socket_disable = '127.0.0.1:0', 2, True, True"
+    )
     server = spawn.python(
-        *("-m", "gunicorn", "--preload", "--workers", "2", "--bind", f"unix:{socket}"),
-        *("--no-control-socket", "tests.support.wsgi:application"),
+        *("-m", "gunicorn", "--config", str(config), "tests.support.wsgi:application"),
         env={"APPLICATION_DATABASE": database.url},
     )
     await asyncio.to_thread(
@@ -335,11 +339,10 @@ async def test_preforking_server_uses_its_masters_backend_in_its_workers(
         "the server did not start",
     )
     answers: list[dict[str, Any]] = []
-    transport = httpx.AsyncHTTPTransport(uds=str(socket))
+    address = re.search(r"Listening at: (http://127\.0\.0\.1:\d+)", server.stderr)
+    assert address is not None, server.report()
     deadline = time.monotonic() + PATIENCE
-    async with httpx.AsyncClient(
-        transport=transport, base_url="http://web", timeout=PATIENCE
-    ) as web:
+    async with httpx.AsyncClient(base_url=address[1], timeout=PATIENCE) as web:
         while len({answer["pid"] for answer in answers}) < 2 or len(answers) < 6:
             assert time.monotonic() < deadline
             together = (web.get(f"/{len(answers)}-{number}") for number in range(4))
