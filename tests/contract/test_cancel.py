@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sheppy_sql import _wakeups
 from tests.contract.tasks import (
     FUTURE,
     PAST,
@@ -124,13 +125,14 @@ async def test_task_is_cancelled_or_taken_and_never_both(make_backend: MakeBacke
 
 @pytest.mark.parametrize("timeout", [0, 60])
 async def test_cancel_wakes_who_waits_for_the_result(
-    make_backend: MakeBackend, timeout: float
+    make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch, timeout: float
 ) -> None:
     """However rarely they look by themselves."""
+    monkeypatch.setattr(_wakeups, "FIRST_POLL", 60.0)
     waiter, user = await make_backend(max_poll_interval=60), await make_backend()
     await store_scheduled(user, make_task())
     waiting = asyncio.create_task(waiter.get_results(QUEUE, ["task"], timeout))
-    done, _ = await asyncio.wait([waiting], timeout=0.7)
+    done, _ = await asyncio.wait([waiting], timeout=0.3)
     assert not done
     cancelled = await user.cancel(QUEUE, "task")
     assert await asyncio.wait_for(waiting, SOON) == {"task": cancelled}

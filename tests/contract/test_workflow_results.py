@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sheppy_sql import _wakeups
 from tests.contract.tasks import QUEUE, MakeBackend
 
 if TYPE_CHECKING:
@@ -78,16 +79,17 @@ async def test_timeout_zero_waits_for_all_without_end(make_backend: MakeBackend)
 
 @pytest.mark.parametrize("end", ENDS)
 async def test_store_workflow_wakes_who_waits_for_its_end(
-    make_backend: MakeBackend, end: dict[str, Any]
+    make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch, end: dict[str, Any]
 ) -> None:
     """However rarely they look by themselves; and another workflow does not count."""
+    monkeypatch.setattr(_wakeups, "FIRST_POLL", 60.0)
     user, worker = await make_backend(max_poll_interval=60), await make_backend()
     await worker.store_workflow(QUEUE, make_workflow())
     waiting = [
         asyncio.create_task(user.get_workflow_results(QUEUE, ["wf"], timeout))
         for timeout in (0, 60)
     ]
-    done, _ = await asyncio.wait(waiting, timeout=0.7)
+    done, _ = await asyncio.wait(waiting, timeout=0.3)
     await worker.store_workflow(QUEUE, make_workflow("other", **end))
     await worker.store_workflow("other", make_workflow(**end))
     await worker.store_workflow(QUEUE, make_workflow(step=2))
