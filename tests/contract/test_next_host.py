@@ -91,6 +91,7 @@ async def test_next_host_is_handed_the_tasks_of_a_killed_process(
         "UPDATE sheppy_tasks SET heartbeat_at = :then", then=from_now(database, -7200)
     )
     # after hours, and under 0.0.7's way to look for the dead of releases before it.
+    await database.execute("DELETE FROM sheppy_chores")
     assert await worker.pop(QUEUE, timeout=LEASE / 2) == []
     assert await worker.get_stale_messages(QUEUE, 300_000) == [make_task()]
     crashed = finished(make_task(), status="crashed")
@@ -126,7 +127,7 @@ async def test_next_host_leaves_living_workers_of_0_0_7_their_tasks(
 async def test_next_host_is_handed_the_tasks_of_dead_workers_of_0_0_7(
     make_next_backend: MakeNextBackend, database: TestDatabase, spawn: Spawner
 ) -> None:
-    newer = await make_next_backend()
+    newer = await make_next_backend(lease=LEASE)
     await newer.append(QUEUE, [make_task()])
     await killed(spawn(take_as_0_0_7, database.url), database)
     for column in ("heartbeat_at", "expires_at"):
@@ -136,6 +137,7 @@ async def test_next_host_is_handed_the_tasks_of_dead_workers_of_0_0_7(
     await database.execute(
         "UPDATE sheppy_tasks SET heartbeat_at = :then", then=from_now(database, -600)
     )
+    assert await newer.pop(QUEUE, timeout=LEASE / 2) == []
     assert await newer.get_stale_messages(QUEUE, 300_000) == [make_task()]
 
 

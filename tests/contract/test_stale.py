@@ -70,7 +70,12 @@ async def test_claim_taken_over_is_as_fresh_as_a_new_one(
     assert ids(await backends[1].get_stale_messages(QUEUE, IDLE_MS)) == ["task"]
     assert await backends[2].get_stale_messages(QUEUE, IDLE_MS) == []
     await let_go_stale(database)
+    await backends[1].heartbeat(QUEUE, ["task"])
+    assert await backends[2].get_stale_messages(QUEUE, IDLE_MS) == []
+    await let_go_stale(database)
     assert ids(await backends[2].get_stale_messages(QUEUE, IDLE_MS)) == ["task"]
+    assert await backends[1].store_result(QUEUE, finished(make_task())) is True
+    assert await backends[0].get_all_tasks(QUEUE) == [make_task()]
 
 
 async def test_claim_is_stale_after_the_milliseconds_given(
