@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from sheppy_sql import SqlBackend
+from sheppy_sql._heart import Heart
 from tests.contract.tasks import QUEUE, MakeBackend, finished, ids, make_task, make_tasks
 from tests.support.processes import wait_until
 
@@ -77,6 +78,23 @@ async def test_no_thread_of_ours_survives_a_disconnect(database: TestDatabase) -
         PATIENCE,
         "a thread did not end",
     )
+
+
+async def test_disconnect_waits_for_the_very_end_of_its_thread(
+    database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Heart._run
+
+    def run_and_end_slowly(heart: Heart) -> None:
+        run(heart)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(Heart, "_run", run_and_end_slowly)
+    backend = SqlBackend(database.url)
+    await backend.connect()
+    await backend.pop(QUEUE)
+    await backend.disconnect()
+    assert ours() == []
 
 
 async def test_a_disconnect_right_after_the_first_pop_does_not_wait(
