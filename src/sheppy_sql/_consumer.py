@@ -192,7 +192,7 @@ class Consumer:
             raise BackendError("Failed to take tasks: the backend was disconnected meanwhile")
         choice = self._suspects.choose(
             queue,
-            free=not self._taking and not self._claims.any_held,
+            free=self._is_free,
             holds_suspect=self._taking_suspect or self._claims.holds_suspect,
         )
         if choice is Choice.SUSPECT:
@@ -202,7 +202,22 @@ class Consumer:
                 return taken
         elif choice is Choice.NOTHING:
             return None
-        return await self._claim(queue, limit, suspects=False)
+        taken = await self._claim(queue, limit, suspects=False)
+        return await self._take_unseen_suspect(queue) if taken is None else taken
+
+    async def _take_unseen_suspect(self, queue: str) -> list[Payload] | None:
+        """A suspect where nothing else waits: whoever finds a queue empty may believe it."""
+        if not self._is_free or not await self._database.read(
+            "look for tasks", claim_store.has_pending, queue, suspects=True
+        ):
+            return None
+        # Another pop may have begun meanwhile.
+        return await self._claim(queue, 1, suspects=True) if self._is_free else None
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether this instance holds nothing, and is about to hold nothing."""
+        return not self._taking and not self._claims.any_held
 
     async def _claim(self, queue: str, limit: int, *, suspects: bool) -> list[Payload] | None:
         self._taking += 1
