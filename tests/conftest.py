@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sheppy import Queue
 
     from sheppy_sql import SqlBackend
+    from tests.support.next_host import NextSqlBackend
 
 DATABASES = pytest.StashKey[Databases]()
 SPAWNER = pytest.StashKey[Spawner]()
@@ -188,6 +189,24 @@ async def make_backend(
 
         async def make(**options: Any) -> SqlBackend:
             backend = SqlBackend(database.url, **options)
+            stack.push_async_callback(backend.disconnect)
+            await backend.connect()
+            return backend
+
+        yield make
+
+
+@pytest.fixture
+async def make_next_backend(
+    database: TestDatabase,
+) -> AsyncIterator[Callable[..., Awaitable[NextSqlBackend]]]:
+    """Like make_backend, as it is under sheppy's next release."""
+    from tests.support.next_host import NextSqlBackend
+
+    async with AsyncExitStack() as stack:
+
+        async def make(**options: Any) -> NextSqlBackend:
+            backend = NextSqlBackend(database.url, **options)
             stack.push_async_callback(backend.disconnect)
             await backend.connect()
             return backend

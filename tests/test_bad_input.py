@@ -25,6 +25,7 @@ from tests.contract.tasks import (
 
 if TYPE_CHECKING:
     from tests.support.databases import TestDatabase
+    from tests.support.next_host import MakeNextBackend
 
 SECRET = "s3cr3t-of-a-customer"
 
@@ -176,7 +177,21 @@ async def test_timeout_that_is_no_number_is_refused(backend: SqlBackend, bad: An
         await backend.pop(QUEUE, 1, bad)
     with pytest.raises(ValueError, match="timeout must be"):
         await backend.get_results(QUEUE, ["task"], bad)
+    with pytest.raises(ValueError, match="timeout must be"):
+        await backend.get_workflow_results(QUEUE, ["wf"], bad)
     assert await backend.size(QUEUE) == 1
+
+
+@pytest.mark.parametrize("bad", ["1", None, math.nan, math.inf, -1, True, [1]])
+async def test_idle_time_that_is_no_number_is_refused(
+    make_next_backend: MakeNextBackend, bad: Any
+) -> None:
+    holder, other = await make_next_backend(), await make_next_backend()
+    await holder.append(QUEUE, [make_task()])
+    await holder.pop(QUEUE)
+    with pytest.raises(ValueError, match="min_idle_ms must"):
+        await other.get_stale_messages(QUEUE, bad)
+    assert await other.get_stale_messages(QUEUE, 0) == [make_task()]
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e300, 10**300, -math.inf])
@@ -196,7 +211,10 @@ async def test_time_that_is_no_datetime_is_refused(backend: SqlBackend, bad: Any
 
 @pytest.mark.parametrize("bad", [None, 5, "task", b"task", {"task": 1}])
 async def test_ids_that_are_no_list_are_refused(backend: SqlBackend, bad: Any) -> None:
-    calls = [backend.get_tasks, backend.get_results, backend.acknowledge, backend.get_workflows]
+    calls: list[Callable[[str, Any], Awaitable[Any]]] = [
+        *(backend.get_tasks, backend.get_results, backend.acknowledge, backend.heartbeat),
+        *(backend.get_workflows, backend.get_workflow_results),
+    ]
     for call in calls:
         with pytest.raises(ValueError, match="ids must be a list"):
             await call(QUEUE, bad)
@@ -212,6 +230,11 @@ async def test_ids_that_are_no_list_are_refused(backend: SqlBackend, bad: Any) -
         ("connect_timeout", [0, -1, math.nan, math.inf, "1", None, True]),
         ("max_poll_interval", [0, -1, math.nan, math.inf, "1", None, True]),
         ("resume_workflows_after", [0, -1, math.nan, math.inf, 1e300, "60", True]),
+        ("outage_grace", [-1, math.nan, math.inf, "1", None, True]),
+        ("lease", [0, 0.9, -1, math.nan, math.inf, 86_401, "1", None, True]),
+        ("max_loop_stall", [0, -1, math.nan, math.inf, "1", True]),
+        ("on_crash", ["ignore", "", None, 1]),
+        ("max_crashes", [0, -1, 1.5, "1", None, True, 10**6]),
         ("migrate", ["yes", 1, None]),
         ("schema", ["app"]),
     ],
@@ -252,6 +275,10 @@ async def test_no_log_record_holds_a_payload(
     await user.get_all_tasks(QUEUE)
     await user.add_cron(QUEUE, "cron", {"of": SECRET})
     await user.store_workflow(QUEUE, {"id": "wf", "of": SECRET, "pending_task_ids": ["a"]})
+    await user.cancel(QUEUE, "other")
+    await user.delete_task(QUEUE, "later")
+    await worker.pop(QUEUE)
+    await user.get_stale_messages(QUEUE, 0)
     errors = []
     for table in ("tasks", "results", "crons", "workflows"):
         await database.execute(f"DROP TABLE sheppy_{table}")

@@ -6,13 +6,13 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sheppy import Backend
 
 from sheppy_sql import SqlBackend
 from tests.contract.tasks import FUTURE, QUEUE, everything, finished, make_task
 
 if TYPE_CHECKING:
     from tests.support.databases import TestDatabase
+    from tests.support.next_host import MakeNextBackend
 
 NAMES = [
     "",
@@ -172,7 +172,30 @@ async def test_every_rate_limit_key_task_and_strategy_is_its_own(backend: SqlBac
     assert await backend.acquire_rate_limit(QUEUE, "shared", len(NAMES), 60, "z") is not None
 
 
-Call = Callable[[Backend, Any], Awaitable[Any]]
+async def test_every_id_is_its_own_to_who_takes_tasks_out(
+    make_next_backend: MakeNextBackend,
+) -> None:
+    holder, other = await make_next_backend(), await make_next_backend()
+    tasks = {name: make_task(name, result=name) for name in NAMES}
+    await holder.append(QUEUE, list(tasks.values()))
+    await holder.pop(QUEUE, limit=1000)
+    await holder.heartbeat(QUEUE, NAMES)
+    stale = await other.get_stale_messages(QUEUE, 0)
+    assert {task["id"]: task for task in stale} == tasks
+    for name in NAMES:
+        assert await other.delete_task(QUEUE, name) is True
+        assert await other.append(QUEUE, [tasks[name]]) == [True]
+        cancelled = await other.cancel(QUEUE, name)
+        assert cancelled is not None
+        assert cancelled["result"] == name
+        workflow = {"id": name, "of": name, "completed": True}
+        await other.store_workflow(QUEUE, workflow)
+        ended = await other.get_workflow_results(QUEUE, [name], 10)
+        assert ended == {name: workflow}
+    assert await other.get_stats(QUEUE) == {"pending": 0, "completed": len(NAMES), "scheduled": 0}
+
+
+Call = Callable[[SqlBackend, Any], Awaitable[Any]]
 ARGUMENTS: dict[str, Call] = {
     "queue of append": lambda b, bad: b.append(bad, [make_task("new")]),
     "queue of an empty append": lambda b, bad: b.append(bad, []),
@@ -199,6 +222,15 @@ ARGUMENTS: dict[str, Call] = {
     "queue of delete_workflow": lambda b, bad: b.delete_workflow(bad, "wf"),
     "queue of mark_complete": lambda b, bad: b.mark_workflow_task_complete(bad, "wf", "task"),
     "queue of acquire_rate_limit": lambda b, bad: b.acquire_rate_limit(bad, "k", 1, 1.0, "t"),
+    "queue of cancel": lambda b, bad: b.cancel(bad, "task"),
+    "queue of delete_task": lambda b, bad: b.delete_task(bad, "task"),
+    "queue of heartbeat": lambda b, bad: b.heartbeat(bad, []),
+    "queue of get_stale_messages": lambda b, bad: b.get_stale_messages(bad, 0),
+    "queue of get_workflow_results": lambda b, bad: b.get_workflow_results(bad, []),
+    "id in cancel": lambda b, bad: b.cancel(QUEUE, bad),
+    "id in delete_task": lambda b, bad: b.delete_task(QUEUE, bad),
+    "id in heartbeat": lambda b, bad: b.heartbeat(QUEUE, ["task", bad]),
+    "id in get_workflow_results": lambda b, bad: b.get_workflow_results(QUEUE, ["wf", bad]),
     "id in append": lambda b, bad: b.append(QUEUE, [make_task("new"), make_task(bad)]),
     "id in append again": lambda b, bad: b.append(QUEUE, [make_task(), make_task(bad)], False),
     "id in get_tasks": lambda b, bad: b.get_tasks(QUEUE, ["task", bad]),

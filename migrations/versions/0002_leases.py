@@ -30,8 +30,15 @@ def moment(name: str, *, nullable: bool = True) -> sa.Column[Any]:
     return sa.Column(name, kind, nullable=nullable)
 
 
-def upgrade() -> None:
+def names() -> tuple[str | None, str]:
+    """The schema, marked as one name though it may have dots in it, and the prefix."""
     schema, prefix = names_in_use()
+    # Alembic quotes what stands between the dots of any other schema in an ALTER TABLE.
+    return None if schema is None else quoted_name(schema, quote=True), prefix
+
+
+def upgrade() -> None:
+    schema, prefix = names()
 
     def create(name: str, *columns: sa.Column[Any], primary_key: str) -> None:
         constraint = sa.PrimaryKeyConstraint(primary_key, name=f"{prefix}{name}_pkey")
@@ -81,7 +88,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    schema, prefix = names_in_use()
+    schema, prefix = names()
     for name in reversed(TABLES):
         op.drop_table(prefix + name, schema=schema)
     op.drop_index(f"{prefix}tasks_suspect", f"{prefix}tasks", schema=schema)

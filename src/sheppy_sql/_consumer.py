@@ -45,8 +45,12 @@ class Consumer:
         *,
         owner: str,
         begin: Callable[[], Awaitable[None]],
+        host_decides: bool,
     ) -> None:
-        """`begin` is called before anything is taken: from then on the owner must be alive."""
+        """`begin` is called before anything is taken: from then on the owner must be alive.
+
+        `host_decides`: the worker gives the signs of life, and says what is stale.
+        """
         self.queues: set[str] = set()
         """From which it has taken tasks, or tried to."""
         self._database = database
@@ -54,6 +58,7 @@ class Consumer:
         self._options = options
         self._owner = owner
         self._begin = begin
+        self._host_decides = host_decides
         self._claims = claims
         self._suspects = suspects
         self._taking = 0
@@ -142,7 +147,13 @@ class Consumer:
         stale = await self._claim_under(
             token,
             lambda tx: claim_store.take_over(
-                tx, queue, min(idle, LONGEST_DELAY), self._owner, token
+                tx,
+                queue,
+                min(idle, LONGEST_DELAY),
+                self._owner,
+                token,
+                # Workers of an older sheppy know no heartbeats, and go on while it is replaced.
+                spare_consumers=self._host_decides,
             ),
         )
         self._claims.take(queue, [task_id for task_id, _ in stale], token)
@@ -181,7 +192,7 @@ class Consumer:
             raise BackendError("Failed to take tasks: the backend was disconnected meanwhile")
         choice = self._suspects.choose(
             queue,
-            free=not self._taking and not self._claims.any_held,
+            free=self._is_free,
             holds_suspect=self._taking_suspect or self._claims.holds_suspect,
         )
         if choice is Choice.SUSPECT:
@@ -191,7 +202,22 @@ class Consumer:
                 return taken
         elif choice is Choice.NOTHING:
             return None
-        return await self._claim(queue, limit, suspects=False)
+        taken = await self._claim(queue, limit, suspects=False)
+        return await self._take_unseen_suspect(queue) if taken is None else taken
+
+    async def _take_unseen_suspect(self, queue: str) -> list[Payload] | None:
+        """A suspect where nothing else waits: whoever finds a queue empty may believe it."""
+        if not self._is_free or not await self._database.read(
+            "look for tasks", claim_store.has_pending, queue, suspects=True
+        ):
+            return None
+        # Another pop may have begun meanwhile.
+        return await self._claim(queue, 1, suspects=True) if self._is_free else None
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether this instance holds nothing, and is about to hold nothing."""
+        return not self._taking and not self._claims.any_held
 
     async def _claim(self, queue: str, limit: int, *, suspects: bool) -> list[Payload] | None:
         self._taking += 1

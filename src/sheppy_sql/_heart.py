@@ -82,6 +82,8 @@ class Heart:
         self.stop()
         # A beat may be waiting for a server that does not answer; the process need not.
         await sleep_until(self._ended, LONGEST_STOP)
+        if self._ended.is_set():
+            self.join()  # it is at its last instruction
 
     def stop(self) -> None:
         """End the thread soon, from whatever thread; does nothing in a forked child."""

@@ -98,6 +98,7 @@ class Session:
             options,
             owner=owner,
             begin=self._background.start,
+            host_decides=host_decides,
         )
         self.producer = Producer(database, wakeups, claims, options)
         self.remover = Remover(database, wakeups, options)

@@ -14,11 +14,12 @@ from sheppy import Backend, BackendError
 
 from sheppy_sql import SqlBackend
 from tests.contract.tasks import FUTURE, QUEUE, MakeBackend, finished, make_task
+from tests.support.next_host import NextBackend
 
 if TYPE_CHECKING:
     from tests.support.databases import TestDatabase
 
-CALLS: dict[str, Callable[[Backend], Awaitable[Any]]] = {
+CALLS: dict[str, Callable[[SqlBackend], Awaitable[Any]]] = {
     "append": lambda backend: backend.append(QUEUE, [make_task()]),
     "append nothing": lambda backend: backend.append(QUEUE, []),
     "pop": lambda backend: backend.pop(QUEUE),
@@ -47,6 +48,12 @@ CALLS: dict[str, Callable[[Backend], Awaitable[Any]]] = {
         QUEUE, "wf", "task"
     ),
     "acquire_rate_limit": lambda backend: backend.acquire_rate_limit(QUEUE, "key", 1, 1.0, "task"),
+    "cancel": lambda backend: backend.cancel(QUEUE, "task"),
+    "delete_task": lambda backend: backend.delete_task(QUEUE, "task"),
+    "heartbeat": lambda backend: backend.heartbeat(QUEUE, ["task"]),
+    "heartbeat of nothing": lambda backend: backend.heartbeat(QUEUE, []),
+    "get_stale_messages": lambda backend: backend.get_stale_messages(QUEUE, 200),
+    "get_workflow_results": lambda backend: backend.get_workflow_results(QUEUE, ["wf"]),
 }
 
 
@@ -54,6 +61,7 @@ def test_every_method_of_the_host_is_called_here() -> None:
     own_rules = {"connect", "disconnect", "is_connected"}
     called = {name.partition(" ")[0] for name in CALLS}
     assert set(Backend.__abstractmethods__) <= called | own_rules
+    assert set(NextBackend.__abstractmethods__) <= called | own_rules
 
 
 async def test_every_call_needs_a_connection(database: TestDatabase) -> None:
@@ -138,7 +146,7 @@ def test_backend_of_a_closed_event_loop_connects_again(database: TestDatabase) -
 async def test_another_running_event_loop_is_refused(make_backend: MakeBackend) -> None:
     backend = await make_backend()
 
-    def elsewhere(call: Callable[[Backend], Awaitable[Any]]) -> None:
+    def elsewhere(call: Callable[[SqlBackend], Awaitable[Any]]) -> None:
         async def run() -> None:
             await call(backend)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Integer, delete, literal_column, null, select, update
 
 from ..schema import CLAIMED, IDLE, PENDING, SCHEDULED
+from . import consumers as consumer_store
 from . import results as result_store
 from . import scheduled as schedule_store
 from . import tasks as task_store
@@ -66,28 +67,33 @@ async def claim(
 
 
 async def take_over(
-    tx: Transaction, queue: str, min_idle: float, owner: str, token: int
+    tx: Transaction,
+    queue: str,
+    min_idle: float,
+    owner: str,
+    token: int,
+    *,
+    spare_consumers: bool = False,
 ) -> list[tuple[str, str]]:
     """(id, payload) of others' claims without a sign of life for `min_idle` seconds, now ours.
 
-    Each counts as a crash.
+    Each counts as a crash. `spare_consumers`: not those of owners who give their signs of life
+    as consumers, and live.
     """
     tasks = tx.tables.tasks
     if tx.repeated:
         mine = select(tasks.c.id, tasks.c.payload).where(*_under(tx, owner, token))
         if taken := await tx.rows(mine.order_by(tasks.c.id)):
             return [(row.id, row.payload) for row in taken]
-    stale = (
-        select(tasks.c.id)
-        .where(
-            tasks.c.queue == queue,
-            tasks.c.state == CLAIMED,
-            tasks.c.owner != owner,
-            tasks.c.heartbeat_at <= tx.dialect.now(plus=-min_idle),
-        )
-        .order_by(tasks.c.id)
-        .limit(MOST_STALE)
+    stale = select(tasks.c.id).where(
+        tasks.c.queue == queue,
+        tasks.c.state == CLAIMED,
+        tasks.c.owner != owner,
+        tasks.c.heartbeat_at <= tx.dialect.now(plus=-min_idle),
     )
+    if spare_consumers:
+        stale = stale.where(~consumer_store.is_alive(tx, tasks.c.owner))
+    stale = stale.order_by(tasks.c.id).limit(MOST_STALE)
     statement = (
         _take(tx, queue, stale, owner, token)
         .values(crashes=tasks.c.crashes + 1)

@@ -12,6 +12,8 @@ from ..schema import CLAIMED
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sqlalchemy import ColumnElement
+
     from .._database import Transaction
 
 LONGEST_ABSENCE = 600.0
@@ -67,6 +69,13 @@ async def beat(
 async def remove(tx: Transaction, owner: str) -> None:
     consumers = tx.tables.consumers
     await tx.execute(delete(consumers).where(consumers.c.id == owner))
+
+
+def is_alive(tx: Transaction, owner: ColumnElement[str]) -> ColumnElement[bool]:
+    """Whether an owner is a consumer that has not expired."""
+    consumers = tx.tables.consumers
+    alive = select(null()).where(consumers.c.id == owner, consumers.c.expires_at > tx.dialect.now())
+    return alive.exists()
 
 
 async def get_absentees(tx: Transaction, owner: str, process: Process) -> list[Absentee]:

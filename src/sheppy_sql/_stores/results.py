@@ -70,7 +70,8 @@ async def prune(tx: Transaction, most: int) -> int:
     pruned = delete(results).where(
         tuple_(results.c.queue, results.c.id).in_(select(old.c.queue, old.c.id))
     )
-    return await tx.count(pruned)
+    # Counted by its rows: of a statement with a CTE, SQLite's driver counts none.
+    return len(await tx.rows(pruned.returning(results.c.id)))
 
 
 async def is_of_claim(tx: Transaction, queue: str, task_id: str, token: int | None) -> bool:

@@ -182,10 +182,11 @@ async def remove(tx: Transaction, queue: str, task_id: str) -> bool:
     """Delete a task in any state, with its schedule; False where there was none to be seen."""
     tasks, results, scheduled = tx.tables.tasks, tx.tables.results, tx.tables.scheduled_tasks
     live = delete(tasks).where(tasks.c.queue == queue, tasks.c.id == task_id)
-    ended = results.c.queue == queue, results.c.id == task_id
+    ended = delete(results).where(results.c.queue == queue, results.c.id == task_id)
     existed = await tx.count(live) > 0
-    existed |= await tx.scalar(select(1).where(*ended, unexpired(tx))) is not None
-    await tx.execute(delete(results).where(*ended))
+    # What the DELETE itself removes: somebody else may be doing the same.
+    removed = await tx.rows(ended.returning(unexpired(tx).label("was_seen")))
+    existed |= any(row.was_seen for row in removed)
     await tx.execute(
         delete(scheduled).where(scheduled.c.queue == queue, scheduled.c.task_id == task_id)
     )
