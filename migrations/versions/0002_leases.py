@@ -30,11 +30,15 @@ def moment(name: str, *, nullable: bool = True) -> sa.Column[Any]:
     return sa.Column(name, kind, nullable=nullable)
 
 
-def names() -> tuple[str | None, str]:
-    """The schema, marked as one name though it may have dots in it, and the prefix."""
+def whole(name: str) -> quoted_name:
+    """A name that Alembic's ALTER TABLE does not take apart at its dots."""
+    return quoted_name(name, quote=True)
+
+
+def names() -> tuple[quoted_name | None, str]:
+    """The schema and the prefix."""
     schema, prefix = names_in_use()
-    # Alembic quotes what stands between the dots of any other schema in an ALTER TABLE.
-    return None if schema is None else quoted_name(schema, quote=True), prefix
+    return None if schema is None else whole(schema), prefix
 
 
 def upgrade() -> None:
@@ -44,11 +48,10 @@ def upgrade() -> None:
         constraint = sa.PrimaryKeyConstraint(primary_key, name=f"{prefix}{name}_pkey")
         op.create_table(prefix + name, *columns, constraint, schema=schema)
 
-    dotted = None if schema is None else whole(schema)
     op.add_column(
         whole(f"{prefix}tasks"),
         sa.Column("crashes", sa.Integer, nullable=False, server_default=sa.text("0")),
-        schema=dotted,
+        schema=schema,
     )
     suspect = sa.text("state = 'pending' AND crashes > 0")
     op.create_index(
@@ -59,7 +62,7 @@ def upgrade() -> None:
         postgresql_where=suspect,
         sqlite_where=suspect,
     )
-    op.add_column(whole(f"{prefix}workflows"), moment("updated_at"), schema=dotted)
+    op.add_column(whole(f"{prefix}workflows"), moment("updated_at"), schema=schema)
     create(
         "consumers",
         key("id"),
@@ -92,15 +95,9 @@ def downgrade() -> None:
     for name in reversed(TABLES):
         op.drop_table(prefix + name, schema=schema)
     op.drop_index(f"{prefix}tasks_suspect", f"{prefix}tasks", schema=schema)
-    dotted = None if schema is None else whole(schema)
-    op.drop_column(whole(f"{prefix}workflows"), "updated_at", schema=dotted)
-    op.drop_column(whole(f"{prefix}tasks"), "crashes", schema=dotted)
+    op.drop_column(whole(f"{prefix}workflows"), "updated_at", schema=schema)
+    op.drop_column(whole(f"{prefix}tasks"), "crashes", schema=schema)
     stamp(1, 1)
-
-
-def whole(name: str) -> quoted_name:
-    """A name that Alembic's ALTER TABLE does not take apart at its dots."""
-    return quoted_name(name, quote=True)
 
 
 def stamp(version: int, oldest_code: int) -> None:

@@ -361,11 +361,11 @@ class SqlBackend(Backend):
         """Pickled unconnected: the host's "work --reload" sends its backend to a new process."""
         if isinstance(self._url_or_engine, AsyncEngine):
             raise TypeError("A SqlBackend on an engine cannot be pickled; make it from a URL")
-        return _rebuild, (self._url_or_engine, dataclasses.asdict(self._options))
+        return _rebuild, (type(self), self._url_or_engine, dataclasses.asdict(self._options))
 
 
-def _rebuild(url: str | URL, options: dict[str, Any]) -> SqlBackend:
-    return SqlBackend(url, **options)
+def _rebuild(kind: type[SqlBackend], url: str | URL, options: dict[str, Any]) -> SqlBackend:
+    return kind(url, **options)
 
 
 def _database_of(url_or_engine: str | URL | AsyncEngine) -> str:

@@ -75,9 +75,20 @@ class Consumer:
             return []
         await self._start()
         self.queues.add(queue)
+        has_looked = False
+
+        async def look(_: object) -> list[Payload] | None:
+            nonlocal has_looked
+            taken = await self._take(queue, count)
+            if taken is None and not has_looked:
+                has_looked = True
+                # Once a call: whoever finds the queue empty may believe it.
+                return await self._take_unseen_suspect(queue)
+            return taken
+
         with self._wakeups.waiting([_wakeups.pending(queue)]) as waiter:
             taken = await _wakeups.poll(
-                lambda _: self._take(queue, count),
+                look,
                 waiter,
                 timeout=_wakeups.wait_seconds(seconds, zero_means_forever=False),
                 max_interval=self._options.max_poll_interval,
@@ -202,11 +213,10 @@ class Consumer:
                 return taken
         elif choice is Choice.NOTHING:
             return None
-        taken = await self._claim(queue, limit, suspects=False)
-        return await self._take_unseen_suspect(queue) if taken is None else taken
+        return await self._claim(queue, limit, suspects=False)
 
     async def _take_unseen_suspect(self, queue: str) -> list[Payload] | None:
-        """A suspect where nothing else waits: whoever finds a queue empty may believe it."""
+        """A suspect of which this instance has not heard yet, if it may take one."""
         if not self._is_free or not await self._database.read(
             "look for tasks", claim_store.has_pending, queue, suspects=True
         ):

@@ -30,11 +30,17 @@ class Remover:
         """End a task that nobody has begun; None where it is not to be had."""
         check_queue(queue)
         check_key(task_id, "task id")
-        cancelled = await self._database.write("cancel a task", once(self._cancel), queue, task_id)
-        if cancelled is None:
+        texts: list[str] = []
+
+        async def cancel(tx: Transaction) -> bool:
+            # Told to us and not answered: the receipt is kept, and is not for payloads.
+            texts[:] = await self._cancel(tx, queue, task_id)
+            return bool(texts)
+
+        if not await self._database.write("cancel a task", once(cancel)):
             return None
         self._wakeups.wake([_wakeups.finished(queue, task_id)])
-        return decode(cancelled)
+        return decode(texts[0])
 
     async def delete_task(self, queue: str, task_id: str) -> bool:
         """Forget a task, whatever its state; False where there was none."""
@@ -42,16 +48,14 @@ class Remover:
         check_key(task_id, "task id")
         return await self._database.write("delete a task", once(task_store.remove), queue, task_id)
 
-    async def _cancel(self, tx: Transaction, queue: str, task_id: str) -> str | None:
+    async def _cancel(self, tx: Transaction, queue: str, task_id: str) -> list[str]:
+        """The payload of the task that was cancelled, if it was."""
         payload = await task_store.lock_waiting(tx, queue, task_id)
         if payload is None:
-            return None
-        ended = {
-            "status": "cancelled",
-            "finished_at": datetime.now(timezone.utc).isoformat(),
-        }
+            return []
+        ended = {"status": "cancelled", "finished_at": datetime.now(timezone.utc).isoformat()}
         task = {**decode(payload), **ended}
         # What is stored already is not refused for its size.
         row = encode_task(task, len(payload) * 2 + 1000)
         await claim_store.finish(tx, queue, row, None, self._options.ttl_for(task))
-        return row.payload
+        return [row.payload]
