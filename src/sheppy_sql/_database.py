@@ -58,7 +58,7 @@ class Transaction:
     tables: Tables
     dialect: Dialect
     repeated: bool
-    """Whether this was tried before, and may have been committed though nobody heard of it."""
+    """Whether this was tried before an outage, and may be committed though nobody heard of it."""
 
     async def rows(self, statement: Executable) -> Sequence[Any]:
         """Rows, with the selected columns as attributes."""
@@ -209,7 +209,8 @@ class Database:
         gives_up_at = math.inf
         while True:
             try:
-                outcome = await attempt(conflicts + outages > 0)
+                # A conflict was rolled back: what it tried is certainly not committed.
+                outcome = await attempt(outages > 0)
             except Exception as error:
                 if not is_driver_error(error):
                     raise
