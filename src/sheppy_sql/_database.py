@@ -113,15 +113,19 @@ class Database:
         one_at_a_time = _turns(engine, self._loop)
         at_will = contextlib.nullcontext()
         self._write_turn: AbstractAsyncContextManager[Any] = (
-            one_at_a_time if dialect.embedded else at_will
+            one_at_a_time if dialect.embedded or self._has_one_connection else at_will
         )
         self._read_turn: AbstractAsyncContextManager[Any] = (
-            one_at_a_time if self.is_in_memory else at_will
+            one_at_a_time if self._has_one_connection else at_will
         )
 
     @property
     def is_in_memory(self) -> bool:
         """Whether it ends with this process, and no other sees it."""
+        return self.dialect.embedded and self._has_one_connection
+
+    @property
+    def _has_one_connection(self) -> bool:
         return isinstance(self.engine.pool, StaticPool)
 
     @property

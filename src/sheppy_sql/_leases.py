@@ -64,7 +64,8 @@ class Leases:
 
         The former only where the host has no say in it.
         """
-        if not self._host_decides:
+        # Nobody outlives another in memory, and nobody gives signs of life there.
+        if not self._host_decides and not self._database.is_in_memory:
             await self._reclaim_from_known()
             if await self._database.write(
                 "look for unknown workers",
