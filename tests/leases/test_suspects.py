@@ -34,3 +34,12 @@ async def test_instance_makes_no_room_for_tasks_of_a_queue_that_it_does_not_serv
     await asyncio.sleep(0.1 * 3)  # the longest that it waits before it makes room
     await backend.append("mine", tasks(1))
     assert await backend.pop("mine") == tasks(1)
+
+
+async def test_new_instance_soon_takes_what_only_a_free_one_may(
+    make_backend: MakeBackend, database: TestDatabase
+) -> None:
+    await (await make_backend()).append("q", tasks(1))
+    await database.execute("UPDATE sheppy_tasks SET crashes = 1")
+    fresh = await make_backend()
+    assert await fresh.pop("q", timeout=2) == tasks(1)
