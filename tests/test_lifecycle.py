@@ -369,3 +369,26 @@ async def test_server_that_is_too_old_is_refused(
         await backend.connect()
     assert "99" in str(refused.value)
     assert not backend.is_connected
+
+
+async def test_disconnect_during_the_first_pop_leaves_nothing_running(
+    database: TestDatabase,
+) -> None:
+    for turns in range(10):
+        backend = SqlBackend(database.url, lease=1)
+        await backend.connect()
+        background = backend._session._background  # type: ignore[union-attr]
+        popping = asyncio.create_task(backend.pop("q", timeout=1))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await backend.disconnect()
+        with pytest.raises(BackendError):
+            await popping
+        assert not [part._name for part in background._parts if _runs(part._running)]
+        heart = background._heart
+        assert heart is not None
+        assert heart._thread is None or not heart._thread.is_alive()
+
+
+def _runs(task: asyncio.Task[None] | None) -> bool:
+    return task is not None and not task.done()

@@ -19,6 +19,7 @@ class Background:
         self._parts = parts
         self._starting = asyncio.Lock()
         self._started = False
+        self._stopped = False
 
     async def start(self) -> None:
         """Return once others know that this instance lives; harmless where they do."""
@@ -29,11 +30,16 @@ class Background:
                 return
             if self._heart is not None:
                 await self._heart.start()
+            if self._stopped:
+                return  # by a disconnect meanwhile, which nothing must outlive
             for part in self._parts:
                 part.start()
+            # What waits already may be for this instance alone to take.
+            self._parts[0].hurry()
             self._started = True
 
     async def stop_parts(self) -> None:
+        self._stopped = True
         for part in self._parts:
             await part.close()
 

@@ -256,14 +256,14 @@ class Consumer:
         self, token: int, operation: Callable[[Transaction], Awaitable[list[tuple[str, str]]]]
     ) -> list[tuple[str, str]]:
         """What the operation claims; handed back where nobody is there to hear of it."""
-        tries = 0
+        repeated = False
 
-        async def counted(tx: Transaction) -> list[tuple[str, str]]:
-            nonlocal tries
-            tries += 1
+        async def watched(tx: Transaction) -> list[tuple[str, str]]:
+            nonlocal repeated
+            repeated = tx.repeated
             return await operation(tx)
 
-        claim = self._database.start("take tasks", counted)
+        claim = self._database.start("take tasks", watched)
         try:
             claimed = await asyncio.shield(claim)
         except asyncio.CancelledError:
@@ -276,7 +276,7 @@ class Consumer:
         except BackendError:
             self._leftovers.leave(token, late=True)
             raise
-        if tries > 1:
+        if repeated:
             # An earlier try may be at its COMMIT still.
             self._leftovers.leave(token, kept=[task_id for task_id, _ in claimed], late=True)
         return claimed

@@ -58,7 +58,7 @@ class Transaction:
     tables: Tables
     dialect: Dialect
     repeated: bool
-    """Whether this was tried before, and may have been committed though nobody heard of it."""
+    """Whether this was tried before an outage, and may be committed though nobody heard of it."""
 
     async def rows(self, statement: Executable) -> Sequence[Any]:
         """Rows, with the selected columns as attributes."""
@@ -113,15 +113,19 @@ class Database:
         one_at_a_time = _turns(engine, self._loop)
         at_will = contextlib.nullcontext()
         self._write_turn: AbstractAsyncContextManager[Any] = (
-            one_at_a_time if dialect.embedded else at_will
+            one_at_a_time if dialect.embedded or self._has_one_connection else at_will
         )
         self._read_turn: AbstractAsyncContextManager[Any] = (
-            one_at_a_time if self.is_in_memory else at_will
+            one_at_a_time if self._has_one_connection else at_will
         )
 
     @property
     def is_in_memory(self) -> bool:
         """Whether it ends with this process, and no other sees it."""
+        return self.dialect.embedded and self._has_one_connection
+
+    @property
+    def _has_one_connection(self) -> bool:
         return isinstance(self.engine.pool, StaticPool)
 
     @property
@@ -209,7 +213,8 @@ class Database:
         gives_up_at = math.inf
         while True:
             try:
-                outcome = await attempt(conflicts + outages > 0)
+                # A conflict was rolled back: what it tried is certainly not committed.
+                outcome = await attempt(outages > 0)
             except Exception as error:
                 if not is_driver_error(error):
                     raise

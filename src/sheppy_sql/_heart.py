@@ -70,6 +70,8 @@ class Heart:
     async def start(self) -> None:
         """Be known, and beat from now on."""
         await self._beat(self._database, "take tasks")
+        if self._stopped:
+            return
         self._turn()
         self._thread = threading.Thread(target=self._run, name="sheppy-sql-heart", daemon=True)
         self._thread.start()
@@ -77,9 +79,9 @@ class Heart:
 
     async def close(self) -> None:
         """Beat no more. What is held is to be handed back before."""
+        self.stop()
         if self._thread is None:
             return
-        self.stop()
         # A beat may be waiting for a server that does not answer; the process need not.
         await sleep_until(self._ended, LONGEST_STOP)
         if self._ended.is_set():

@@ -64,7 +64,8 @@ class Leases:
 
         The former only where the host has no say in it.
         """
-        if not self._host_decides:
+        # Nobody outlives another in memory, and nobody gives signs of life there.
+        if not self._host_decides and not self._database.is_in_memory:
             await self._reclaim_from_known()
             if await self._database.write(
                 "look for unknown workers",
@@ -84,7 +85,9 @@ class Leases:
         )
         for absentee in absentees:
             if absentee.expired or is_gone(absentee.process):
-                await self._return_claims(absentee.id, absentee.policy)
+                await self._return_claims(
+                    absentee.id, absentee.policy, known_by_its_lease=absentee.expired
+                )
 
     async def _reclaim_from_unknown(self) -> None:
         owners = await self._database.read(
@@ -95,9 +98,11 @@ class Leases:
                 owner, Policy(self._options.on_crash, self._options.max_crashes)
             )
 
-    async def _return_claims(self, owner: str, policy: Policy) -> None:
+    async def _return_claims(
+        self, owner: str, policy: Policy, *, known_by_its_lease: bool = False
+    ) -> None:
         returned = await self._database.write(
-            "return a dead worker's tasks", self._return, owner, policy
+            "return a dead worker's tasks", self._return, owner, policy, known_by_its_lease
         )
         if returned.requeued or returned.failed:
             logger.warning(
@@ -111,8 +116,13 @@ class Leases:
             + [_wakeups.finished(queue, task_id) for queue, task_id in returned.failed]
         )
 
-    async def _return(self, tx: Transaction, owner: str, policy: Policy) -> Returned:
+    async def _return(
+        self, tx: Transaction, owner: str, policy: Policy, known_by_its_lease: bool
+    ) -> Returned:
         returned = Returned([], [])
+        # It may have beaten since: an outage may lie between that look and this one.
+        if known_by_its_lease and not await consumer_store.lock_expired(tx, owner):
+            return returned
         for claim in await claim_store.lock_claims(tx, owner):
             crashes = claim.crashes + 1
             if policy.on_crash == FAIL or crashes >= policy.max_crashes:

@@ -32,6 +32,7 @@ class Suspects:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._queues: dict[str, float] = {}  # when the instance next makes room for them
+        self._served: set[str] = set()
 
     def saw(self, queues: Iterable[str]) -> None:
         """These queues have some, all others none."""
@@ -49,6 +50,7 @@ class Suspects:
 
     def choose(self, queue: str, *, free: bool, holds_suspect: bool) -> Choice:
         """What may be taken from `queue` now; `free`: the instance holds nothing."""
+        self._served.add(queue)
         if holds_suspect:
             return Choice.NOTHING
         if free and queue in self._queues:
@@ -58,6 +60,8 @@ class Suspects:
     def _makes_room(self) -> bool:
         now = self._clock()
         for queue, since in self._queues.items():
+            if queue not in self._served:
+                continue  # room made here would help no task there
             if now >= since + DRAIN:
                 self._queues[queue] = now + PAUSE
             elif now >= since:

@@ -15,6 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sheppy_sql import SqlBackend
+from sheppy_sql._database import Transaction
+from sheppy_sql._stores import claims as claim_store
 from tests.contract.tasks import finished, ids, make_task, make_tasks
 from tests.faults.cases import CRON, A, B
 from tests.faults.load import Load, until
@@ -297,3 +299,27 @@ async def test_one_call_that_fails_spares_those_beside_it(
     assert isinstance(added.pop(10), BackendError)
     assert added == [[True]] * 20
     assert sorted(ids(await backend.pop(QUEUE, 50))) == sorted(ids(make_tasks(20)))
+
+
+async def test_conflict_leaves_no_claim_to_be_looked_for(
+    postgres_database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was rolled back is not committed later."""
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    await backend.append("q", [{"id": "0", "finished_at": None}])
+    claim, tries = claim_store.claim, 0
+
+    async def conflicting(tx: Transaction, *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            await tx.execute(text("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"))
+        return await claim(tx, *args, **kwargs)
+
+    monkeypatch.setattr(claim_store, "claim", conflicting)
+    assert len(await backend.pop("q")) == 1
+    assert tries == 2
+    left = dict(backend._session.consumer._leftovers._by_token)  # type: ignore[union-attr]
+    await backend.disconnect()
+    assert left == {}

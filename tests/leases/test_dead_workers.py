@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 from sheppy import Queue
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import StaticPool
 
 from sheppy_sql import SqlBackend
 from tests.leases import jobs
@@ -205,3 +208,38 @@ async def test_claims_of_an_owner_whom_nobody_knows_are_returned_once_they_are_o
         )
         await database.execute(f"UPDATE sheppy_chores SET due_at = '{long_ago}'")
     assert await other.pop("q", 2, timeout=PATIENCE) == tasks(1)
+
+
+async def test_in_memory_nobody_dies_alone(memory_url: str) -> None:
+    """A task may take longer than the time after which owners count as of an older release."""
+    backend = SqlBackend(memory_url, lease=1)
+    await backend.connect()
+    try:
+        await backend.append("q", tasks(1))
+        [taken] = await backend.pop("q")
+        session = backend._session
+        assert session is not None
+        async with session.database.engine.begin() as connection:
+            await connection.execute(
+                text("UPDATE sheppy_tasks SET heartbeat_at = '2020-01-01 00:00:00.000000'")
+            )
+            await connection.execute(text("DELETE FROM sheppy_chores"))
+        await session._background._parts[0]._step()
+        await backend.store_result("q", {**taken, "finished_at": "now"})
+        assert list(await backend.get_results("q", ["0"])) == ["0"]
+    finally:
+        await backend.disconnect()
+
+
+async def test_application_with_one_connection_to_a_server_has_signs_of_life(
+    postgres_database: TestDatabase,
+) -> None:
+    engine = create_async_engine(postgres_database.url, poolclass=StaticPool)
+    backend = SqlBackend(engine, lease=1)
+    await backend.connect()
+    await asyncio.gather(backend.append("q", tasks(1)), backend.append("q", tasks(1)))
+    assert await backend.pop("q") == tasks(1)
+    known = await postgres_database.fetch("SELECT id FROM sheppy_consumers")
+    await backend.disconnect()
+    await engine.dispose()
+    assert len(known) == 1

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sheppy_sql import SqlBackend
+from sheppy_sql._stores import consumers as consumer_store
 from tests.leases import jobs
 from tests.support.databases import TestDatabase
 from tests.support.processes import Child, Spawner
@@ -115,3 +116,29 @@ async def test_stopped_worker_that_goes_on_works_on(
     await ended(child)
     await backend.store_result("q", {**taken, **NEWER})
     assert await database.fetch("SELECT count(*) FROM sheppy_consumers") == [(1,)]
+
+
+async def test_worker_that_beats_again_in_time_keeps_its_tasks(
+    make_backend: MakeBackend, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole outage may lie between the look for dead workers and the return of their tasks."""
+    stalled, other = await make_backend(), await make_backend()
+    await stalled.append("q", [{"id": "0", "status": "new", "finished_at": None}])
+    assert len(await stalled.pop("q")) == 1
+    long_ago = "2020-01-01 00:00:00" + ("+00" if database.dialect == "postgresql" else ".000000")
+    await database.execute(f"UPDATE sheppy_consumers SET expires_at = '{long_ago}', boot_id = '0'")
+    looked = consumer_store.get_absentees
+
+    async def look(*args: Any) -> list[Any]:
+        found = await looked(*args)
+        assert len(found) == 1
+        later = long_ago.replace("2020", "2999")
+        await database.execute(f"UPDATE sheppy_consumers SET expires_at = '{later}'")
+        return found
+
+    monkeypatch.setattr(consumer_store, "get_absentees", look)
+    assert await other.pop("elsewhere") == []
+    part = other._session._background._parts[0]  # type: ignore[union-attr]
+    await part._step()
+    monkeypatch.undo()
+    assert await database.fetch("SELECT state, crashes FROM sheppy_tasks") == [("claimed", 0)]

@@ -102,6 +102,15 @@ async def get_absentees(tx: Transaction, owner: str, process: Process) -> list[A
     ]
 
 
+async def lock_expired(tx: Transaction, owner: str) -> bool:
+    """Whether a consumer has expired; its next beat waits for the end of this transaction."""
+    consumers = tx.tables.consumers
+    expired = select(consumers.c.id).where(
+        consumers.c.id == owner, consumers.c.expires_at <= tx.dialect.now()
+    )
+    return await tx.scalar(expired.with_for_update()) is not None
+
+
 async def get_unknown_owners(tx: Transaction) -> Sequence[str]:
     """Owners who are no consumers and have taken nothing for long: of a release before those."""
     tasks, consumers = tx.tables.tasks, tx.tables.consumers
