@@ -319,7 +319,7 @@ class TestSecrets:
     ) -> None:
         server = private_server(password=SECRET)
         migrate.upgrade(server.url())
-        worker = start("work", "-u", server.url())
+        worker = start("work", "-u", server.url(), SHEPPY_SQL_OUTAGE_GRACE="1")
         wait_until(lambda: "<CronManager> started" in worker.stdout, 30, "it did not start")
         assert "Backend: SqlBackend [postgresql+asyncpg://postgres:***@127.0.0.1" in worker.stdout
         server.stop("immediate")

@@ -288,7 +288,7 @@ def test_variables_of_the_environment_are_read_somewhere() -> None:
     package, host = Path(cli.__file__).parent, Path(sheppy.__file__).parent
     text = "".join(path.read_text("utf-8") for p in (package, host) for path in p.rglob("*.py"))
     named = {row[0].strip("`") for row in table("README.md", "variable")}
-    assert len(named) == 8
+    assert len(named) == 12
     assert named == {name for name in named if f'"{name}"' in text}
 
 

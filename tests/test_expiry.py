@@ -72,7 +72,11 @@ async def stored(database: TestDatabase) -> set[str]:
 async def prune(backend: SqlBackend, database: TestDatabase) -> int:
     """Prune, though somebody may have done so a moment ago."""
     await database.execute("DELETE FROM sheppy_chores")
-    return await Pruner(backend._connected.database).prune()
+    return await pruner_of(backend).prune()
+
+
+def pruner_of(backend: SqlBackend) -> Pruner:
+    return Pruner(backend._connected.database, backend._options)
 
 
 async def test_expired_result_is_nowhere_to_be_seen(
@@ -173,7 +177,7 @@ async def test_thousands_of_old_results_go_in_one_round(
 async def test_one_instance_at_a_time_deletes(
     make_backend: MakeBackend, database: TestDatabase
 ) -> None:
-    pruners = [Pruner((await make_backend())._connected.database) for _ in range(3)]
+    pruners = [pruner_of(await make_backend()) for _ in range(3)]
     await store_expired(database, 20, HOUR)
     assert sorted(await asyncio.gather(*(pruner.prune() for pruner in pruners))) == [0, 0, 20]
     await store_expired(database, 20, HOUR)
@@ -258,12 +262,14 @@ async def test_unfinished_task_is_never_pruned(
     assert len(await backend.get_all_tasks(QUEUE)) == 1
 
 
-async def test_receipts_are_kept_for_a_day(backend: SqlBackend, database: TestDatabase) -> None:
+async def test_receipts_are_kept_for_longer_than_any_call_goes_on(
+    backend: SqlBackend, database: TestDatabase
+) -> None:
     await backend.add_cron(QUEUE, "cron", {})
     await backend.delete_cron(QUEUE, "cron")
     await database.execute(
         "INSERT INTO sheppy_receipts (token, answer, created_at) VALUES (1, 'true', :then)",
-        then=from_now(database, -DAY - MINUTE),
+        then=from_now(database, -HOUR),
     )
     await prune(backend, database)
     assert len(await database.fetch("SELECT token FROM sheppy_receipts WHERE token <> 1")) == 2

@@ -210,6 +210,7 @@ asyncio.run(main())
 }
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_program_that_took_a_task_ends_promptly(
     make_backend: MakeBackend, database: TestDatabase, spawn: Spawner, ending: str
@@ -230,6 +231,7 @@ async def test_program_that_took_a_task_ends_promptly(
     assert ids(await watching.pop(QUEUE, timeout=PATIENCE)) == ["task"]
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("ending", ["by asyncio.run", "disconnected"])
 async def test_program_that_ends_in_order_leaves_nothing(
     make_backend: MakeBackend, database: TestDatabase, spawn: Spawner, ending: str

@@ -24,6 +24,8 @@ class Background:
     async def start(self) -> None:
         """Return once others know that this instance lives; harmless where they do."""
         if self._started:
+            if self._heart is not None:
+                await self._heart.check()
             return
         async with self._starting:
             if self._started:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
+from ._suspects import SOLITUDE
+
 MOST_REMEMBERED = 10_000
+LATEST_ACKNOWLEDGEMENT = 60.0  # seconds after a task was postponed
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -35,7 +40,8 @@ class Claims:
     def __init__(self) -> None:
         self._held: dict[tuple[str, str], int] = {}
         self._lost: dict[tuple[str, str], int] = {}
-        self._suspects: set[int] = set()
+        self._suspects: dict[int, float] = {}  # tokens, and when each was taken
+        self._postponed: dict[tuple[str, str], float] = {}
         self._parks: dict[tuple[str, str], Park] = {}
         self._slots: dict[tuple[str, str], datetime] = {}
 
@@ -49,7 +55,7 @@ class Claims:
             self._slots.pop((queue, task_id), None)
             self._held[queue, task_id] = token
             if suspect:
-                self._suspects.add(token)
+                self._suspects[token] = time.monotonic()
 
     def token(self, queue: str, task_id: str) -> int | None:
         """The token to write with; None where this instance never took the task."""
@@ -61,13 +67,13 @@ class Claims:
         for claims in (self._held, self._lost):
             if claims.get((queue, task_id)) == token:
                 claims.pop((queue, task_id), None)
-        self._suspects.discard(token or 0)
+        self._suspects.pop(token or 0, None)
 
     def lose(self, queue: str, task_id: str, token: int | None) -> None:
         """Keep a claim's token only to refuse what still comes of it."""
         if token is not None and self._held.get((queue, task_id)) == token:
             _remember(self._lost, (queue, task_id), self._held.pop((queue, task_id)))
-            self._suspects.discard(token)
+            self._suspects.pop(token, None)
 
     def lose_all(self) -> None:
         for (queue, task_id), token in list(self._held.items()):
@@ -79,8 +85,9 @@ class Claims:
 
     @property
     def holds_suspect(self) -> bool:
-        """Whether a task is held beside which none may be taken."""
-        return bool(self._suspects)
+        """Whether a task is held beside which none may be taken yet."""
+        lately = time.monotonic() - SOLITUDE
+        return any(taken_at > lately for taken_at in self._suspects.values())
 
     def holds_elsewhere(self, queue: str, task_id: str) -> bool:
         """Whether a task of that id was taken from another queue, and not from this one."""
@@ -103,6 +110,16 @@ class Claims:
         `slot`: when the limiter lets the task start, by the database's clock.
         """
         _remember(self._slots, (queue, task_id), slot)
+
+    def postpone(self, queue: str, task_id: str, token: int) -> None:
+        """End a claim whose task was scheduled; the host will acknowledge it as well."""
+        self.end(queue, task_id, token)
+        _remember(self._postponed, (queue, task_id), time.monotonic())
+
+    def take_postponed(self, queue: str, task_id: str) -> bool:
+        """Whether an acknowledgement means a claim that has ended so, and not a newer one."""
+        postponed_at = self._postponed.pop((queue, task_id), -math.inf)
+        return time.monotonic() - postponed_at < LATEST_ACKNOWLEDGEMENT
 
     def take_slot(self, queue: str, task_id: str) -> datetime | None:
         return self._slots.pop((queue, task_id), None)

@@ -13,10 +13,11 @@ from sheppy import BackendError
 from . import _unit, _wakeups
 from ._claims import Park
 from ._database import CANCELLED_PATIENCE, new_token
-from ._payloads import Payload, TaskRow, decode, encode_task
+from ._payloads import Payload, TaskRow, TooLargeError, decode, encode_task, failure_of
 from ._retries import LONGEST_DELAY, retry_of
 from ._stores import claims as claim_store
 from ._stores import consumers as consumer_store
+from ._stores import tasks as task_store
 from ._suspects import Choice
 from ._validation import check_keys, check_limit, check_number, check_queue, check_timeout
 
@@ -99,7 +100,11 @@ class Consumer:
         """Store a task that ran; nothing changes where the claim on it was lost."""
         check_queue(queue)
         children = _unit.end(self._wakeups, queue, task)
-        row = encode_task(task, self._options.max_payload_bytes)
+        try:
+            row = encode_task(task, self._options.max_payload_bytes)
+        except TooLargeError as error:
+            await self._store_failure(queue, task, error)
+            raise
         if "finished_at" not in task:
             raise ValueError("task has no 'finished_at': set it, to None if it is not finished")
         token = self._claims.token(queue, row.id)
@@ -136,7 +141,11 @@ class Consumer:
 
     async def acknowledge(self, queue: str, ids: Sequence[str]) -> None:
         """End this instance's claims on tasks, leaving them as they are stored."""
-        held = self._held(queue, ids)
+        held = {
+            task_id: token
+            for task_id, token in self._held(queue, ids).items()
+            if not self._claims.take_postponed(queue, task_id)
+        }
         if held:
             await self._database.write("acknowledge tasks", claim_store.end, queue, held)
         for task_id, token in held.items():
@@ -199,6 +208,7 @@ class Consumer:
         return queues
 
     async def _take(self, queue: str, limit: int) -> list[Payload] | None:
+        await self._begin()
         if self._closed:
             raise BackendError("Failed to take tasks: the backend was disconnected meanwhile")
         choice = self._suspects.choose(
@@ -294,6 +304,26 @@ class Consumer:
         except BackendError as error:
             # It stays a leftover, and the cancellation must pass all the same.
             self._warn(error)
+
+    async def _store_failure(self, queue: str, task: Payload, error: TooLargeError) -> None:
+        """End a task whose result is too large as failed.
+
+        The host only logs what `store_result` raises, and the task would never end.
+        """
+        task_id = task.get("id")
+        token = self._claims.token(queue, task_id) if isinstance(task_id, str) else None
+        if token is None or not isinstance(task_id, str) or not task.get("finished_at"):
+            return
+        before = await self._database.read("get tasks", task_store.get, queue, [task_id])
+        if task_id not in before:
+            return
+        failed = failure_of(decode(before[task_id]), f"ResultTooLarge: {error}")
+        # What is stored already is not refused for its size.
+        row = encode_task(failed, len(before[task_id]) * 2 + 10_000)
+        ttl = self._options.ttl_for(failed)
+        await self._database.write("store a result", claim_store.finish, queue, row, token, ttl)
+        self._end(queue, task_id, token)
+        self._wakeups.wake([_wakeups.finished(queue, task_id)])
 
     async def _set_aside(self, queue: str, row: TaskRow, task: Payload, token: int | None) -> bool:
         retry = retry_of(task, self._options.handover)

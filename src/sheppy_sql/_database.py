@@ -106,6 +106,7 @@ class Database:
         self._loop = asyncio.get_running_loop()
         self._running: set[asyncio.Task[Any]] = set()
         self._unwanted: set[asyncio.Task[Any]] = set()
+        self._out_until = self._loop.time()
         self._reached = reached
         self._closed = False
         self._leaving = asyncio.Event()
@@ -127,6 +128,11 @@ class Database:
     @property
     def _has_one_connection(self) -> bool:
         return isinstance(self.engine.pool, StaticPool)
+
+    @property
+    def reached_for(self) -> float:
+        """Seconds since when it has been known to be there without an outage."""
+        return self._loop.time() - self._out_until
 
     @property
     def is_usable(self) -> bool:
@@ -232,11 +238,15 @@ class Database:
                     gives_up_at = min(gives_up_at, now + self._outage_grace)
                     pause = OUTAGE_PAUSES[min(outages, len(OUTAGE_PAUSES) - 1)]
                     outages += 1
+                    if outages > 1:  # else it was no more than a connection that had died
+                        self._out_until = now
                 else:
                     # From None: what SQLAlchemy and the driver say may quote payloads.
                     raise backend_error(action, error) from None
             else:
                 self._reached = True
+                if outages > 1:
+                    self._out_until = self._loop.time()
                 return outcome
             await sleep_until(self._leaving, pause * random.uniform(0.5, 1.5))  # noqa: S311
 

@@ -35,6 +35,9 @@ BEATS_PER_LEASE = 6
 """So that several may fail before anybody believes in a death."""
 SHARE_OF_LEASE = 5 / 6
 """For how long a beat counts; the rest of the lease is for others to notice."""
+SHORTEST_PATIENCE = 2.0
+"""Seconds, or one pause between beats if that is longer, after which a beat counts as stuck."""
+RECOVERY = 1.0  # seconds from a beat that failed to the next
 TURN = 1.0  # seconds between two signs of the event loop
 LONGEST_STOP = 5.0  # seconds
 
@@ -59,7 +62,7 @@ class Heart:
         self._lease = options.lease
         self._max_loop_stall = options.max_loop_stall
         self._loop = asyncio.get_running_loop()
-        self._turned = time.monotonic()
+        self._turned = self._beaten = time.monotonic()
         self._tick: asyncio.TimerHandle | None = None
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()
@@ -76,6 +79,22 @@ class Heart:
         self._thread = threading.Thread(target=self._run, name="sheppy-sql-heart", daemon=True)
         self._thread.start()
         _beating.add(self)
+
+    async def beat_if_late(self) -> None:
+        """A beat from the event loop, where those of the thread do not come.
+
+        An application's engine may connect only in the application's own loop, for one.
+        """
+        if time.monotonic() - self._beaten > self._lease / 2:
+            await self._beat(self._database)
+
+    async def check(self) -> None:
+        """Return if what is taken now is safe; else only after a beat. BackendError: there is none.
+
+        Where nobody knows that this instance lives, it must take nothing.
+        """
+        if time.monotonic() - self._beaten > self._lease * SHARE_OF_LEASE:
+            await self._beat(self._database, "take tasks")
 
     async def close(self) -> None:
         """Beat no more. What is held is to be handed back before."""
@@ -116,40 +135,53 @@ class Heart:
     async def _keep_beating(self) -> None:
         stopping = asyncio.Event()
         self._stopping = asyncio.get_running_loop(), stopping
-        engine = _twin(self._database.engine)
+        complaint: str | None = None
+        await sleep_until(stopping, self._lease / BEATS_PER_LEASE)
+        while not self._stopped and not self._loop.is_closed():
+            # Anew where a beat got stuck, on a connection that is dead and does not show it.
+            failed = await self._beat_until_it_fails(stopping)
+            if failed is not None and failed != complaint:
+                logger.warning("%s; tasks that take long may be run again", failed)
+            complaint = failed
+            await sleep_until(stopping, min(RECOVERY, self._lease / BEATS_PER_LEASE))
+
+    async def _beat_until_it_fails(self, stopping: asyncio.Event) -> str | None:
+        """Of what it failed, if it did not get stuck."""
+        try:
+            await self._beat_on(_twin(self._database.engine), stopping)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the next beat must come
+            return str(error)
+        return None
+
+    async def _beat_on(self, engine: AsyncEngine, stopping: asyncio.Event) -> None:
+        """Beat through an engine until told to stop, or until a beat fails or gets stuck."""
+        pause = self._lease / BEATS_PER_LEASE
+        # No grace: after an outage a new beat tells more than a late one.
         database = Database(
             engine,
             self._database.tables,
             self._database.dialect,
-            outage_grace=self._lease,
+            outage_grace=0.0,
             reached=True,
         )
-        waiting: asyncio.Task[None] = asyncio.create_task(self._beat_until(stopping, database))
-        stopped = asyncio.create_task(stopping.wait())
+        beat: asyncio.Task[None] | None = None
         try:
-            await asyncio.wait([waiting, stopped], return_when=asyncio.FIRST_COMPLETED)
+            while not stopping.is_set() and not self._loop.is_closed():
+                beat = asyncio.create_task(self._beat(database))
+                await asyncio.wait([beat], timeout=max(pause, SHORTEST_PATIENCE))
+                if not beat.done():
+                    beat.cancel()
+                    return
+                beat.result()
+                await sleep_until(stopping, pause)
         finally:
-            for task in (waiting, stopped):
-                task.cancel()
-            await asyncio.wait([waiting, stopped])
-            await database.close()
+            if beat is None or beat.done():
+                await database.close()
             await engine.dispose()
 
-    async def _beat_until(self, stopping: asyncio.Event, database: Database) -> None:
-        complaint: str | None = None
-        while not self._stopped and not self._loop.is_closed():
-            await sleep_until(stopping, self._lease / BEATS_PER_LEASE)
-            try:
-                await self._beat(database)
-            except Exception as error:  # noqa: BLE001  # whatever it is, the next beat must come
-                if str(error) != complaint:
-                    logger.warning("%s; tasks that take long may be run again", error)
-                complaint = str(error)
-            else:
-                complaint = None
-
     async def _beat(self, database: Database, action: str = "renew leases") -> None:
-        idle = time.monotonic() - self._turned
+        began = time.monotonic()
+        idle = began - self._turned
         if self._max_loop_stall is not None and idle > self._max_loop_stall:
             raise BackendError(
                 f"The event loop has not turned for {self._max_loop_stall:g} s, which is "
@@ -164,6 +196,7 @@ class Heart:
             lease=self._lease * SHARE_OF_LEASE,
             loop_idle=idle,
         )
+        self._beaten = max(self._beaten, began)
 
 
 def _twin(engine: AsyncEngine) -> AsyncEngine:

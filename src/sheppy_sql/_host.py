@@ -15,8 +15,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +41,23 @@ class UnknownHostError(Exception):
     """sheppy is made differently than this file knows; the message says what to do."""
 
 
+# What the environment may choose for the workers of the command line: option, type.
+VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "SHEPPY_SQL_LEASE": ("lease", float),
+    "SHEPPY_SQL_ON_CRASH": ("on_crash", str),
+    "SHEPPY_SQL_MAX_CRASHES": ("max_crashes", int),
+    "SHEPPY_SQL_OUTAGE_GRACE": ("outage_grace", float),
+}
+
+
 class CommandBackend(SqlBackend):
-    """A SqlBackend whose tables the environment names."""
+    """A SqlBackend whose tables, and some of whose options, the environment names."""
 
     def __init__(self, url: str) -> None:
         names = migrate.names_from_environment()
-        super().__init__(url, schema=names.schema, table_prefix=names.prefix)
+        super().__init__(
+            url, schema=names.schema, table_prefix=names.prefix, **_options_of(os.environ)
+        )
         self._given = url
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -54,6 +66,17 @@ class CommandBackend(SqlBackend):
 
 # "work" prints the name of the type.
 CommandBackend.__name__ = SqlBackend.__name__
+
+
+def _options_of(environment: Mapping[str, str]) -> dict[str, Any]:
+    options = {}
+    for variable, (option, convert) in VARIABLES.items():
+        if given := environment.get(variable):
+            try:
+                options[option] = convert(given)
+            except ValueError:
+                raise ValueError(f"{variable} must be a number, not {given!r}") from None
+    return options
 
 
 def _in_reloaded_process(url: str) -> CommandBackend:

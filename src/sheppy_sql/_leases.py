@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import _wakeups
-from ._payloads import Payload, decode, encode_task
+from ._payloads import Payload, decode, encode_task, failure_of
 from ._process import is_gone
 from ._stores import chores as chore_store
 from ._stores import claims as claim_store
@@ -24,6 +23,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sheppy_sql")
 
 CHECKS_PER_LEASE = 12
+SETTLING = 0.25
+"""Share of a lease for which, after an outage, an expired lease says nothing.
+
+Nobody could renew his, and those who live need a moment to do so.
+"""
 LONGEST_INTERVAL = 5.0  # seconds between two looks for dead workers
 FAIL = "fail"
 UNKNOWN_OWNERS, UNKNOWN_OWNERS_INTERVAL = "return claims of unknown owners", 60.0  # seconds
@@ -83,11 +87,12 @@ class Leases:
         absentees = await self._database.read(
             "look for dead workers", consumer_store.get_absentees, self._owner, self._process
         )
+        leases_tell = self._database.reached_for > self._options.lease * SETTLING
         for absentee in absentees:
-            if absentee.expired or is_gone(absentee.process):
-                await self._return_claims(
-                    absentee.id, absentee.policy, known_by_its_lease=absentee.expired
-                )
+            if is_gone(absentee.process):
+                await self._return_claims(absentee.id, absentee.policy)
+            elif absentee.expired and leases_tell:
+                await self._return_claims(absentee.id, absentee.policy, known_by_its_lease=True)
 
     async def _reclaim_from_unknown(self) -> None:
         owners = await self._database.read(
@@ -140,10 +145,4 @@ class Leases:
 
 def _failed(payload: Payload, owner: str, crashes: int) -> Payload:
     times = "" if crashes == 1 else f", the last of {crashes} that died so"
-    return {
-        **payload,
-        "status": "failed",
-        "result": None,
-        "error": f"WorkerDied: worker {owner} died while it had this task{times}",
-        "finished_at": datetime.now(timezone.utc).isoformat(),
-    }
+    return failure_of(payload, f"WorkerDied: worker {owner} died while it had this task{times}")

@@ -22,6 +22,10 @@ MAX_NESTING = 500
 FAILURES = frozenset({"failed", "crashed", "cancelled"})
 
 
+class TooLargeError(ValueError):
+    """A payload that is good but for its size."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskRow:
     """A task as it is stored: its text, and columns that exist for people."""
@@ -45,7 +49,7 @@ def encode(payload: Payload, what: str, max_bytes: int) -> str:
     if encoded.count("[") + encoded.count("{") > MAX_NESTING and _nesting(payload) > MAX_NESTING:
         raise ValueError(f"{what} is not JSON: {_reason(RecursionError())}")
     if len(encoded) > max_bytes:
-        raise ValueError(
+        raise TooLargeError(
             f"{what} has {len(encoded)} bytes as JSON; max_payload_bytes allows {max_bytes}"
         )
     return encoded
@@ -69,6 +73,17 @@ def encode_task(task: Payload, max_bytes: int) -> TaskRow:
         status=_label(task.get("status")),
         created_at=moment(task.get("created_at")),
     )
+
+
+def failure_of(task: Payload, error: str) -> Payload:
+    """A task as it ends where nobody could run it to its own end."""
+    return {
+        **task,
+        "status": "failed",
+        "result": None,
+        "error": error,
+        "finished_at": datetime.now(timezone.utc).isoformat(),
+    }
 
 
 def moment(value: object) -> datetime | None:

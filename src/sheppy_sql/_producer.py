@@ -126,7 +126,7 @@ class Producer:
         await self._database.write(
             "postpone a task", claim_store.postpone, queue, row, token, slot, new_token()
         )
-        self._claims.end(queue, row.id, token)
+        self._claims.postpone(queue, row.id, token)
 
     async def pop_scheduled(self, queue: str, now: datetime | None) -> list[Payload]:
         """Tasks that are due, the earliest first; an append of them is expected to follow."""

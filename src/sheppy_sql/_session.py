@@ -19,7 +19,7 @@ from ._database import Database, Transaction
 from ._definitions import Definitions
 from ._dialects import dialect_named
 from ._errors import UPGRADE_HINT, is_missing_table
-from ._heart import Heart
+from ._heart import BEATS_PER_LEASE, Heart
 from ._leases import Leases
 from ._leftovers import Leftovers
 from ._limiter import Limiter
@@ -76,17 +76,17 @@ class Session:
         parts = [
             Part("look after claims", leases.reclaim, leases.interval),
             Part("hand back tasks", leftovers.hand_back, leases.interval),
-            Part("prune", Pruner(database).prune, _pruner.INTERVAL),
+            Part("prune", Pruner(database, options).prune, _pruner.INTERVAL),
         ]
         if options.resume_workflows_after is not None:
             self.sweeper = Sweeper(database, resume_workflow, grace=options.resume_workflows_after)
             parts.append(Part("resume workflows", self._sweep, self.sweeper.interval))
         # What ends with this process needs no signs of life.
         beats = not host_decides and not database.is_in_memory
-        self._background = Background(
-            Heart(database, process, options, owner=owner) if beats else None,
-            parts,
-        )
+        heart = Heart(database, process, options, owner=owner) if beats else None
+        if heart is not None:
+            parts.append(Part("renew leases", heart.beat_if_late, options.lease / BEATS_PER_LEASE))
+        self._background = Background(heart, parts)
         self.database = database
         self.wakeups = wakeups
         self.consumer = Consumer(

@@ -13,9 +13,14 @@ from collections.abc import Callable, Iterable
 PATIENCE = 10.0
 """Seconds, or up to three times as many, for which they wait while there are other tasks."""
 DRAIN = 30.0
-"""Seconds for which the instance then takes nothing new, so as to become free for them."""
+"""Seconds for which the instance then takes nothing new, so as to become free for them.
+
+Where its other tasks take longer, it takes one suspect beside them.
+"""
 PAUSE = 300.0
-"""Seconds until it tries that again where its other tasks took longer."""
+"""Seconds until it does that again."""
+SOLITUDE = 60.0
+"""Seconds for which nothing is taken beside a suspect; what kills its worker does so before."""
 
 
 class Choice(enum.Enum):
@@ -32,6 +37,7 @@ class Suspects:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._queues: dict[str, float] = {}  # when the instance next makes room for them
+        self._desperate: set[str] = set()
         self._served: set[str] = set()
 
     def saw(self, queues: Iterable[str]) -> None:
@@ -43,6 +49,7 @@ class Suspects:
 
     def took(self, queue: str, *, found: bool) -> None:
         """A suspect was taken, or (not found) there was none left."""
+        self._desperate.discard(queue)
         if found:
             self._queues[queue] = self._clock() + PATIENCE
         else:
@@ -53,7 +60,8 @@ class Suspects:
         self._served.add(queue)
         if holds_suspect:
             return Choice.NOTHING
-        if free and queue in self._queues:
+        # Beside what takes longer than anybody can wait for: better than never.
+        if queue in self._queues and (free or queue in self._desperate):
             return Choice.SUSPECT
         return Choice.NOTHING if self._makes_room() else Choice.OTHERS
 
@@ -64,6 +72,7 @@ class Suspects:
                 continue  # room made here would help no task there
             if now >= since + DRAIN:
                 self._queues[queue] = now + PAUSE
+                self._desperate.add(queue)
             elif now >= since:
                 return True
         return False

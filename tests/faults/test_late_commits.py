@@ -64,6 +64,7 @@ async def slow_commit(database: TestDatabase, *, fails: bool = False) -> AsyncIt
         await connection.close()
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.changes and not case.skips], ids=str
@@ -96,6 +97,7 @@ async def test_next_try_may_begin_before_the_last_commit_has_ended(
         await assert_that_no_claim_is_forgotten(backend, database, queue)
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
 async def test_tasks_that_a_late_commit_took_are_not_stranded(
     fails: bool, database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend

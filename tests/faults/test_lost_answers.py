@@ -87,6 +87,7 @@ async def test_reads_whose_answer_is_lost_are_asked_again(
             assert loss.struck == 1, name
 
 
+@pytest.mark.torture
 async def test_answers_may_be_lost_again_and_again(
     database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
 ) -> None:

@@ -203,7 +203,7 @@ async def test_worker_whose_clock_is_slow_runs_no_cron_twice(
         "UPDATE sheppy_results SET expires_at = :then", then=from_now(database, -age)
     )
     await database.execute("DELETE FROM sheppy_chores")
-    await Pruner(backend._connected.database).prune()
+    await Pruner(backend._connected.database, backend._options).prune()
     assert await queue.get_task(run) is None
     shift(monkeypatch, timedelta(seconds=-HOUR))
     tomorrow = due + timedelta(days=1)

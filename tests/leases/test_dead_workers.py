@@ -78,6 +78,7 @@ async def test_death_of_a_process_of_this_machine_shows_before_its_lease_ends(
     assert await taking == tasks(1)
 
 
+@pytest.mark.torture
 async def test_living_worker_keeps_its_tasks_beyond_its_lease(
     make_backend: MakeBackend, database: TestDatabase, spawn: Spawner
 ) -> None:
@@ -87,6 +88,7 @@ async def test_living_worker_keeps_its_tasks_beyond_its_lease(
     assert await backend.pop("q", timeout=4) == []
 
 
+@pytest.mark.torture
 async def test_neither_name_nor_pid_alone_tells_a_process(
     make_backend: MakeBackend, database: TestDatabase, spawn: Spawner
 ) -> None:
@@ -103,6 +105,7 @@ async def test_neither_name_nor_pid_alone_tells_a_process(
     assert await backend.pop("q", timeout=3) == []
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("max_crashes", [1, 3])
 async def test_task_fails_once_enough_workers_have_died_of_it(
     make_backend: MakeBackend, database: TestDatabase, spawn: Spawner, max_crashes: int
@@ -160,6 +163,7 @@ async def test_worker_that_leaves_in_order_is_no_crash(
     assert await staying.pop("q", 2) == tasks(2)
 
 
+@pytest.mark.torture
 @pytest.mark.timeout(180)
 async def test_task_that_kills_its_workers_takes_no_other_along(
     make_backend: MakeBackend, database: TestDatabase, spawn: Spawner, tmp_path: Path

@@ -61,6 +61,7 @@ async def finish(queue: Queue, *tasks: Task) -> None:
     assert await queue.get_scheduled() == []
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("moment", INSIDE)
 @pytest.mark.parametrize("call", ["add", "schedule"])
 async def test_w1_producer_dies_as_it_adds_a_task(
@@ -74,6 +75,7 @@ async def test_w1_producer_dies_as_it_adds_a_task(
     assert jobs.runs() == ["task"]
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(
     ("method", "moment"),
     [
@@ -131,6 +133,7 @@ async def test_w6_task_that_outlasts_its_workers_shutdown_runs_again(
     await finish(queue, task)
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(
     ("method", "moment"),
     [
@@ -152,6 +155,7 @@ async def test_w7_worker_dies_between_a_failure_and_its_retry(
     assert jobs.runs() == ["task"] * (3 if first_again else 2)
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(
     ("method", "moment"),
     [
@@ -174,6 +178,7 @@ async def test_w8_worker_dies_with_a_task_that_must_wait(
     assert time.monotonic() - began >= jobs.PERIOD
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("moment", INSIDE)
 async def test_w13_process_dies_as_it_cancels_a_task(queue: Queue, die: Die, moment: str) -> None:
     task = jobs.once("task")
@@ -189,6 +194,7 @@ async def test_w13_process_dies_as_it_cancels_a_task(queue: Queue, die: Die, mom
         assert await queue.size() == 0
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("moment", ["before the result", "before the retry"])
 async def test_w14_process_dies_with_a_task_that_it_took_over(
     make_backend: MakeBackend, queue: Queue, die: Die, moment: str

@@ -14,9 +14,6 @@ from .._database import new_token
 if TYPE_CHECKING:
     from .._database import Transaction
 
-KEPT = 86_400.0
-"""Seconds; longer than any call goes on trying."""
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -26,7 +23,8 @@ def once(
 ) -> Callable[Concatenate[Transaction, P], Awaitable[T]]:
     """The operation, for one call of `Database.write`; tried again, it answers as the first time.
 
-    Its answer must be something that JSON knows. For calls that are rare: each leaves a row.
+    Its answer must be something that JSON knows. For calls that are rare: each leaves a row for a
+    while.
     """
     token = new_token()
 
@@ -42,10 +40,20 @@ def once(
     return receipted
 
 
-async def prune(tx: Transaction) -> None:
-    """Delete receipts that nobody will ask for any more."""
+async def prune(tx: Transaction, seconds: float, most: int) -> int:
+    """Delete up to `most` receipts that are older than so many seconds; how many there were."""
     receipts = tx.tables.receipts
-    await tx.execute(delete(receipts).where(receipts.c.created_at <= tx.dialect.now(plus=-KEPT)))
+    old = (
+        select(receipts.c.token)
+        .where(receipts.c.created_at <= tx.dialect.now(plus=-seconds))
+        .order_by(receipts.c.created_at)
+        .limit(most)
+        .with_for_update(skip_locked=True)
+        .cte("old")
+        .prefix_with("MATERIALIZED")
+    )
+    pruned = delete(receipts).where(receipts.c.token.in_(select(old.c.token)))
+    return len(await tx.rows(pruned.returning(receipts.c.token)))
 
 
 async def _begin(tx: Transaction, token: int) -> bool:
