@@ -10,7 +10,7 @@
 PYTHON ?=
 PYTEST_ARGS ?=
 MATRIX_ARGS ?=
-PYTEST_WORKERS ?= 2
+PYTEST_WORKERS ?= 4
 # Only from the command line: an unrelated URL in the environment must not choose the database.
 ifneq ($(origin URL),command line)
 URL =
@@ -31,7 +31,7 @@ test:  ## run the tests, against SQLite and PostgreSQL
 	$(VENV) test
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not torture and not system" $(PYTEST_ARGS)
 
-torture:  ## run the long tests: many tasks, killed processes, the wheel in a fresh environment
+torture:  ## run the long tests: killed and stalled processes, outages, many tasks, the wheel in a fresh environment
 	$(VENV) test
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m torture $(PYTEST_ARGS)
 
