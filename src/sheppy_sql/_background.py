@@ -36,8 +36,6 @@ class Background:
                 return  # by a disconnect meanwhile, which nothing must outlive
             for part in self._parts:
                 part.start()
-            # What waits already may be for this instance alone to take.
-            self._parts[0].hurry()
             self._started = True
 
     async def stop_parts(self) -> None:

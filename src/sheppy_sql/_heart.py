@@ -135,9 +135,11 @@ class Heart:
     async def _keep_beating(self) -> None:
         stopping = asyncio.Event()
         self._stopping = asyncio.get_running_loop(), stopping
+        if self._stopped:  # before there was anything to tell it to
+            stopping.set()
         complaint: str | None = None
         await sleep_until(stopping, self._lease / BEATS_PER_LEASE)
-        while not self._stopped and not self._loop.is_closed():
+        while not stopping.is_set() and not self._loop.is_closed():
             # Anew where a beat got stuck, on a connection that is dead and does not show it.
             failed = await self._beat_until_it_fails(stopping)
             if failed is not None and failed != complaint:

@@ -10,8 +10,6 @@ from collections.abc import Awaitable, Callable
 
 from sheppy import BackendError
 
-from ._wakeups import sleep_until
-
 logger = logging.getLogger("sheppy_sql")
 
 _abandoned: list[asyncio.Task[None] | None] = []
@@ -30,7 +28,6 @@ class Part:
         self._step = step
         self._interval = interval
         self._running: asyncio.Task[None] | None = None
-        self._soon = asyncio.Event()
         self._complaint: str | None = None
 
     def start(self) -> None:
@@ -39,10 +36,6 @@ class Part:
             loop = asyncio.get_running_loop()
             # In a context of its own: it outlives whoever happens to start it.
             self._running = contextvars.Context().run(loop.create_task, self._repeat())
-
-    def hurry(self) -> None:
-        """Have the next step follow at once."""
-        self._soon.set()
 
     async def close(self) -> None:
         """Stop; a step that is under way is cancelled."""
@@ -53,8 +46,7 @@ class Part:
     async def _repeat(self) -> None:
         while True:
             pause = self._interval * random.uniform(1 - JITTER, 1)  # noqa: S311
-            await sleep_until(self._soon, pause)
-            self._soon.clear()
+            await asyncio.sleep(pause)
             try:
                 await self._step()
             except BackendError as error:
