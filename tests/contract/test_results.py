@@ -280,6 +280,7 @@ async def test_get_tasks_finds_every_state_and_leaves_out_the_unknown(
     assert await backend.get_tasks("other", list(STATES)) == {}
 
 
+@pytest.mark.torture
 async def test_thousands_of_ids_may_be_asked_for(backend: SqlBackend) -> None:
     tasks = make_tasks(3000)
     await backend.append(QUEUE, tasks)

@@ -48,6 +48,7 @@ def lose_the_commit(proxy: Proxy) -> Loss:
 LOSSES = [lose_the_answer, lose_the_commit]
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("lose", LOSSES, ids=lambda lose: lose.__name__)
 @pytest.mark.parametrize("case", CASES, ids=str)
 async def test_call_is_as_if_nothing_had_happened(

@@ -104,6 +104,7 @@ async def test_appended_tasks_of_which_some_are_done_are_neither_lost_nor_double
     assert ids(await meanwhile.other.pop(QUEUE, 5)) == ["c"]
 
 
+@pytest.mark.torture
 async def test_appended_task_that_is_cleared_by_now_is_back_once_at_most(
     meanwhile: Meanwhile,
 ) -> None:
@@ -117,6 +118,7 @@ async def test_appended_task_that_is_cleared_by_now_is_back_once_at_most(
     assert await meanwhile.other.pop(QUEUE, 5) == []
 
 
+@pytest.mark.torture
 async def test_due_task_that_is_done_by_now_is_not_resurrected(meanwhile: Meanwhile) -> None:
     async def work() -> None:
         [task] = await meanwhile.other.pop(QUEUE, 5)
@@ -131,6 +133,7 @@ async def test_due_task_that_is_done_by_now_is_not_resurrected(meanwhile: Meanwh
     assert list(await meanwhile.other.get_results(QUEUE, ["task-0"])) == ["task-0"]
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("unique", [True, False])
 async def test_scheduled_task_that_is_done_by_now_is_not_resurrected(
     meanwhile: Meanwhile, unique: bool
@@ -149,6 +152,7 @@ async def test_scheduled_task_that_is_done_by_now_is_not_resurrected(
     assert list(await meanwhile.other.get_results(QUEUE, ["task-0"])) == ["task-0"]
 
 
+@pytest.mark.torture
 async def test_popped_tasks_are_nobody_elses(meanwhile: Meanwhile) -> None:
     others: list[str] = []
 
@@ -163,6 +167,7 @@ async def test_popped_tasks_are_nobody_elses(meanwhile: Meanwhile) -> None:
     assert await meanwhile.other.get_stats(QUEUE) == {"pending": 0, "completed": 2, "scheduled": 0}
 
 
+@pytest.mark.torture
 async def test_due_tasks_are_nobody_elses(meanwhile: Meanwhile) -> None:
     async def take_the_rest() -> None:
         assert await meanwhile.other.pop_scheduled(QUEUE) == []
@@ -173,6 +178,7 @@ async def test_due_tasks_are_nobody_elses(meanwhile: Meanwhile) -> None:
     assert ids(await meanwhile.other.pop(QUEUE, 5)) == ["task-0"]
 
 
+@pytest.mark.torture
 async def test_result_wakes_who_waits_for_it(meanwhile: Meanwhile) -> None:
     async def look() -> None:
         assert await meanwhile.other.get_results(QUEUE, ["task-0"], 10) == {"task-0": finished(A)}
@@ -185,6 +191,7 @@ async def test_result_wakes_who_waits_for_it(meanwhile: Meanwhile) -> None:
     assert await waiting == {"task-0": finished(A)}
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("result", [finished(A), RETRYING], ids=["finished", "retrying"])
 async def test_result_does_not_undo_a_retry_that_somebody_asked_for_since(
     meanwhile: Meanwhile, result: dict[str, Any]
@@ -202,6 +209,7 @@ async def test_result_does_not_undo_a_retry_that_somebody_asked_for_since(
     assert await meanwhile.other.pop(QUEUE, 5) == [again]
 
 
+@pytest.mark.torture
 async def test_retrying_task_can_be_scheduled_by_its_worker(
     meanwhile: Meanwhile, database: TestDatabase
 ) -> None:
@@ -223,6 +231,7 @@ async def test_retrying_task_can_be_scheduled_by_its_worker(
     assert await database.fetch("SELECT * FROM sheppy_scheduled_tasks") == []
 
 
+@pytest.mark.torture
 async def test_tasks_added_after_a_clear_are_not_cleared_with_it(meanwhile: Meanwhile) -> None:
     async def add() -> None:
         await meanwhile.other.append(QUEUE, [B])
@@ -232,6 +241,7 @@ async def test_tasks_added_after_a_clear_are_not_cleared_with_it(meanwhile: Mean
     assert ids(await meanwhile.other.get_all_tasks(QUEUE)) == ["task-1"]
 
 
+@pytest.mark.torture
 async def test_cron_that_is_deleted_by_now_is_not_added_again(meanwhile: Meanwhile) -> None:
     async def delete() -> None:
         assert await meanwhile.other.delete_cron(QUEUE, "cron") is True
@@ -240,6 +250,7 @@ async def test_cron_that_is_deleted_by_now_is_not_added_again(meanwhile: Meanwhi
     assert await meanwhile.other.get_crons(QUEUE) == []
 
 
+@pytest.mark.torture
 async def test_cron_that_is_added_again_by_now_is_not_deleted(meanwhile: Meanwhile) -> None:
     async def add() -> None:
         assert await cases.add_cron(meanwhile.other, QUEUE) is True
@@ -249,6 +260,7 @@ async def test_cron_that_is_added_again_by_now_is_not_deleted(meanwhile: Meanwhi
     assert await meanwhile.other.get_crons(QUEUE) == [cases.CRON]
 
 
+@pytest.mark.torture
 async def test_workflow_that_has_moved_on_is_not_set_back(meanwhile: Meanwhile) -> None:
     async def move_on() -> None:
         assert await cases.complete("task-0")(meanwhile.other, QUEUE) == 1
@@ -262,6 +274,7 @@ async def test_workflow_that_has_moved_on_is_not_set_back(meanwhile: Meanwhile) 
     assert await cases.complete("task-1")(meanwhile.other, QUEUE) == -1
 
 
+@pytest.mark.torture
 async def test_workflow_that_is_stored_again_by_now_is_not_deleted(meanwhile: Meanwhile) -> None:
     async def store() -> None:
         await cases.store_workflow()(meanwhile.other, QUEUE)
@@ -271,6 +284,7 @@ async def test_workflow_that_is_stored_again_by_now_is_not_deleted(meanwhile: Me
     assert len(await meanwhile.other.get_all_workflows(QUEUE)) == 1
 
 
+@pytest.mark.torture
 async def test_number_of_tasks_left_is_that_of_the_first_try(meanwhile: Meanwhile) -> None:
     async def complete_the_other() -> None:
         assert await cases.complete("task-1")(meanwhile.other, QUEUE) == 0

@@ -191,6 +191,7 @@ async def test_of_two_that_sweep_at_once_one_resumes_a_workflow(
     assert resumed == Counter(ids)
 
 
+@pytest.mark.torture
 async def test_more_workflows_than_one_look_finds_are_resumed(
     backend: SqlBackend, database: TestDatabase, resumed: Resumed
 ) -> None:

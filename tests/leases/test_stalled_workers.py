@@ -66,6 +66,7 @@ async def test_loop_that_does_not_turn_for_too_long_costs_the_claim(
     assert "its result is dropped" in child.stderr
 
 
+@pytest.mark.torture
 @pytest.mark.posix
 @pytest.mark.parametrize("retries", [False, True], ids=["has a result", "is to be retried"])
 @pytest.mark.parametrize("finished", [False, True], ids=["runs again", "has run again"])

@@ -103,6 +103,7 @@ async def test_killing_a_worker_three_times_a_second_loses_no_task(
     assert took < jobs.LEASE + 60
 
 
+@pytest.mark.torture
 @pytest.mark.concurrency
 async def test_pops_cancelled_at_random_moments_lose_no_task(
     make_backend: MakeBackend, database: TestDatabase
