@@ -85,8 +85,12 @@ class Heart:
 
         An application's engine may connect only in the application's own loop, for one.
         """
-        if time.monotonic() - self._beaten > self._lease / 2:
+        if self._is_late:
             await self._beat(self._database)
+
+    @property
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._beaten > self._lease / 2
 
     async def check(self) -> None:
         """Return if what is taken now is safe; else only after a beat. BackendError: there is none.
@@ -142,9 +146,10 @@ class Heart:
         while not stopping.is_set() and not self._loop.is_closed():
             # Anew where a beat got stuck, on a connection that is dead and does not show it.
             failed = await self._beat_until_it_fails(stopping)
-            if failed is not None and failed != complaint:
+            # Not of every moment's outage: others believe in a death much later.
+            if failed is not None and self._is_late and failed != complaint:
                 logger.warning("%s; tasks that take long may be run again", failed)
-            complaint = failed
+                complaint = failed
             await sleep_until(stopping, min(RECOVERY, self._lease / BEATS_PER_LEASE))
 
     async def _beat_until_it_fails(self, stopping: asyncio.Event) -> str | None:
@@ -158,6 +163,9 @@ class Heart:
     async def _beat_on(self, engine: AsyncEngine, stopping: asyncio.Event) -> None:
         """Beat through an engine until told to stop, or until a beat fails or gets stuck."""
         pause = self._lease / BEATS_PER_LEASE
+        # A file does not get lost; whoever has locked it is waited for.
+        embedded = self._database.dialect.embedded
+        patience = None if embedded else max(pause, SHORTEST_PATIENCE)
         # No grace: after an outage a new beat tells more than a late one.
         database = Database(
             engine,
@@ -170,7 +178,7 @@ class Heart:
         try:
             while not stopping.is_set() and not self._loop.is_closed():
                 beat = asyncio.create_task(self._beat(database))
-                await asyncio.wait([beat], timeout=max(pause, SHORTEST_PATIENCE))
+                await asyncio.wait([beat], timeout=patience)
                 if not beat.done():
                     beat.cancel()
                     return
