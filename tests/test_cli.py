@@ -227,6 +227,7 @@ class TestSheppysCommands:
         worker.wait()
         assert "Traceback" not in worker.report()
 
+    @pytest.mark.torture
     def test_schema_and_prefix_come_from_the_environment(
         self, run: Run, empty_database: TestDatabase
     ) -> None:
@@ -330,6 +331,7 @@ class TestSecrets:
 
 
 class TestTables:
+    @pytest.mark.torture
     def test_they_are_made_checked_and_dropped(
         self, start: Start, run: Run, refuse: Run, empty_database: TestDatabase
     ) -> None:

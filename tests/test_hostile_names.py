@@ -348,6 +348,7 @@ PREFIXES = [
 ]
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("prefix", PREFIXES)
 async def test_tables_may_have_any_prefix(empty_database: TestDatabase, prefix: str) -> None:
     schemas: list[str | None] = [None]

@@ -120,6 +120,7 @@ asyncio.run(main(sys.argv[1]))
     assert len(await empty_database.fetch("SELECT 1 FROM sheppy_tasks")) == 4
 
 
+@pytest.mark.torture
 async def test_alembic_works_from_the_repository(
     empty_database: TestDatabase,
 ) -> None:

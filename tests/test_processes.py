@@ -285,6 +285,7 @@ asyncio.run(parent_works())
 """
 
 
+@pytest.mark.torture
 @pytest.mark.posix
 async def test_forked_child_leaves_its_parents_claims_alone(
     make_backend: MakeBackend, database: TestDatabase, spawn: Spawner
@@ -306,6 +307,7 @@ async def test_forked_child_leaves_its_parents_claims_alone(
     assert await asyncio.to_thread(parent.wait) == 0
 
 
+@pytest.mark.torture
 @pytest.mark.posix
 async def test_forked_child_that_does_nothing_harms_nobody(
     make_backend: MakeBackend, database: TestDatabase, spawn: Spawner
@@ -338,6 +340,7 @@ loop.close()
     assert "Traceback" not in parent.stderr
 
 
+@pytest.mark.torture
 @pytest.mark.posix
 async def test_preforking_server_uses_its_masters_backend_in_its_workers(
     make_backend: MakeBackend, database: TestDatabase, spawn: Spawner, tmp_path: Path

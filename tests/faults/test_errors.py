@@ -231,6 +231,7 @@ async def test_server_that_is_read_only_for_a_while_is_waited_for(
     assert ids(await backend.get_pending(QUEUE, 5)) == ["task-1"]
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(
     "change",
     [

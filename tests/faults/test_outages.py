@@ -107,6 +107,7 @@ async def test_outage_beyond_the_grace_is_an_error_and_not_the_end(
     await everything.check(answers)
 
 
+@pytest.mark.torture
 async def test_grace_begins_anew_with_every_outage(proxy: Proxy, make_proxied: MakeBackend) -> None:
     """Several short outages are no long one, for a call that waits through them all."""
     backend, other = await make_proxied(outage_grace=3.0), await make_proxied()
@@ -249,6 +250,7 @@ async def test_server_that_ends_idle_sessions_is_no_callers_concern(
     assert await backend.size(QUEUE) == 3
 
 
+@pytest.mark.torture
 async def test_cut_connections_are_no_callers_concern(
     database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
 ) -> None:
@@ -261,6 +263,7 @@ async def test_cut_connections_are_no_callers_concern(
     assert await database.fetch("SELECT id FROM sheppy_tasks") == []
 
 
+@pytest.mark.torture
 async def test_lost_messages_and_outages_under_load_are_no_callers_concern(
     database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
 ) -> None:

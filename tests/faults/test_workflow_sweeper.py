@@ -92,6 +92,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[in
     return lambda: jobs.traces(directory)
 
 
+@pytest.mark.torture
 @pytest.mark.posix
 @pytest.mark.parametrize(
     ("method", "nth", "done"),
