@@ -377,7 +377,7 @@ async def test_disconnect_during_the_first_pop_leaves_nothing_running(
     for turns in range(10):
         backend = SqlBackend(database.url, lease=1)
         await backend.connect()
-        background = backend._session._background  # type: ignore[union-attr]
+        background = backend._connected._background
         popping = asyncio.create_task(backend.pop("q", timeout=1))
         for _ in range(turns):
             await asyncio.sleep(0)

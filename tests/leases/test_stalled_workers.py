@@ -144,7 +144,7 @@ async def test_worker_that_beats_again_in_time_keeps_its_tasks(
 
     monkeypatch.setattr(consumer_store, "get_absentees", look)
     assert await other.pop("elsewhere") == []
-    part = other._session._background._parts[0]  # type: ignore[union-attr]
+    part = other._connected._background._parts[0]
     await part._step()
     monkeypatch.undo()
     assert dead

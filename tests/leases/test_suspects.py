@@ -25,7 +25,7 @@ async def test_instance_makes_no_room_for_tasks_of_a_queue_that_it_does_not_serv
     backend = await make_backend(lease=1)
     await backend.append("of others", tasks(1))
     await database.execute("UPDATE sheppy_tasks SET crashes = 1")
-    suspects = backend._session.consumer._suspects  # type: ignore[union-attr]
+    suspects = backend._connected.consumer._suspects
     assert await backend.pop("mine") == []
     for _ in range(500):
         if "of others" in suspects._queues:
