@@ -15,6 +15,7 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sheppy_sql import SqlBackend
+from sheppy_sql._stores import consumers as consumer_store
 from tests.support.databases import TestDatabase
 from tests.support.processes import Spawner
 
@@ -369,6 +370,29 @@ async def test_server_that_is_too_old_is_refused(
         await backend.connect()
     assert "99" in str(refused.value)
     assert not backend.is_connected
+
+
+async def test_disconnect_during_the_first_beat_leaves_nothing_running(
+    database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on, beat = asyncio.Event(), asyncio.Event(), consumer_store.beat
+
+    async def slow_beat(*args: Any, **kwargs: Any) -> None:
+        await beat(*args, **kwargs)
+        reached.set()
+        await go_on.wait()
+
+    monkeypatch.setattr("sheppy_sql._stores.consumers.beat", slow_beat)
+    backend = SqlBackend(database.url, lease=1)
+    await backend.connect()
+    popping = asyncio.create_task(backend.pop("q", timeout=1))
+    await reached.wait()
+    # The first step of a disconnect; its next ones may take as long as a drain.
+    await backend._connected._background.stop_parts()
+    go_on.set()
+    await popping
+    await backend.disconnect()
+    assert not [thread for thread in threading.enumerate() if thread.name == "sheppy-sql-heart"]
 
 
 async def test_disconnect_during_the_first_pop_leaves_nothing_running(

@@ -28,15 +28,14 @@ class Background:
                 await self._heart.check()
             return
         async with self._starting:
-            if self._started:
+            # After a disconnect nothing starts: nobody would stop it any more.
+            if self._started or self._stopped:
                 return
             if self._heart is not None:
                 await self._heart.start()
-            if self._stopped:
-                return  # by a disconnect meanwhile, which nothing must outlive
-            for part in self._parts:
-                part.start()
             self._started = True
+            for part in () if self._stopped else self._parts:
+                part.start()
 
     async def stop_parts(self) -> None:
         self._stopped = True
