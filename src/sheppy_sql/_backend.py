@@ -8,11 +8,13 @@ import os
 from datetime import datetime
 from typing import Any
 
-from sheppy import Backend, BackendError, Queue
+from sheppy import BackendError, Queue
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 
 from . import _unit, _urls
+from ._bound import BoundBackend
+from ._calls import Calls
 from ._claims import Claims
 from ._options import DEFAULT_MAX_PAYLOAD_BYTES, DEFAULT_TTL, INHERIT, Options
 from ._payloads import Payload
@@ -20,7 +22,7 @@ from ._session import Session
 from .schema import DEFAULT_PREFIX, build_tables
 
 
-class SqlBackend(Backend):
+class SqlBackend(Calls):
     """All of sheppy on a SQL database.
 
     Args:
@@ -151,11 +153,17 @@ class SqlBackend(Backend):
         """Also False in a forked child, and once the event loop that connected is closed."""
         return self._session is not None and self._session.database.is_usable
 
-    async def append(
-        self, queue_name: str, tasks: list[Payload], unique: bool = True
-    ) -> list[bool]:
-        """Whether each task was put in line; with `unique` only those whose id was free."""
-        return await self._connected.producer.append(queue_name, tasks, unique=unique)
+    def bind(
+        self, session: AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection
+    ) -> BoundBackend:
+        """A backend that enqueues in the caller's transaction, for `Queue(backend.bind(session))`.
+
+        What is enqueued, scheduled, cancelled or looked at through it happens on the session or
+        connection: nobody sees it before that is committed, and it is gone if that is rolled
+        back. Workers are woken after the commit. The session must be on this backend's database,
+        by whatever engine. Raises ValueError where it is not an asynchronous one.
+        """
+        return BoundBackend(session, connect=self._session_now)
 
     async def pop(
         self, queue_name: str, limit: int = 1, timeout: float | None = None
@@ -165,32 +173,6 @@ class SqlBackend(Backend):
         Waits up to `timeout` seconds for the first one; None or 0: not at all.
         """
         return await self._connected.consumer.pop(queue_name, limit, timeout)
-
-    async def get_pending(self, queue_name: str, count: int = 1) -> list[Payload]:
-        """The tasks that pop would return next."""
-        return await self._connected.viewer.get_pending(queue_name, count)
-
-    async def size(self, queue_name: str) -> int:
-        """How many tasks wait in line; claimed and scheduled ones do not count."""
-        return await self._connected.viewer.size(queue_name)
-
-    async def get_tasks(self, queue_name: str, task_ids: list[str]) -> dict[str, Payload]:
-        """Those of the tasks that exist, in whatever state, by id."""
-        return await self._connected.viewer.get_tasks(queue_name, task_ids)
-
-    async def get_all_tasks(self, queue_name: str) -> list[Payload]:
-        """Every task of the queue, finished ones included."""
-        return await self._connected.viewer.get_all_tasks(queue_name)
-
-    async def schedule(
-        self, queue_name: str, task_data: Payload, at: datetime, unique: bool = True
-    ) -> bool:
-        """Have a task become due at `at` (aware); with `unique` only if its id is free."""
-        return await self._connected.producer.schedule(queue_name, task_data, at, unique=unique)
-
-    async def get_scheduled(self, queue_name: str) -> list[Payload]:
-        """Scheduled tasks, due or not, the earliest first."""
-        return await self._connected.viewer.get_scheduled(queue_name)
 
     async def pop_scheduled(self, queue_name: str, now: datetime | None = None) -> list[Payload]:
         """Tasks due at `now` (aware; None: by the database's clock), the earliest first.
@@ -220,14 +202,6 @@ class SqlBackend(Backend):
         """
         return await self._connected.viewer.get_results(queue_name, task_ids, timeout)
 
-    async def cancel(self, queue_name: str, task_id: str) -> Payload | None:
-        """The task, now finished as "cancelled"; None unless it was pending or scheduled."""
-        return await self._connected.remover.cancel(queue_name, task_id)
-
-    async def delete_task(self, queue_name: str, task_id: str) -> bool:
-        """Delete a task in whatever state; False where there was none."""
-        return await self._connected.remover.delete_task(queue_name, task_id)
-
     async def heartbeat(self, queue_name: str, task_ids: list[str]) -> None:
         """Keep this instance's claims on tasks from counting as stale."""
         await self._connected.consumer.heartbeat(queue_name, task_ids)
@@ -236,61 +210,11 @@ class SqlBackend(Backend):
         """Tasks of other instances without a sign of life for so long, now claimed by this one."""
         return await self._connected.consumer.get_stale(queue_name, min_idle_ms)
 
-    async def get_stats(self, queue_name: str) -> dict[str, int]:
-        """Numbers of tasks: "pending", "completed" (finished, not expired) and "scheduled"."""
-        return await self._connected.viewer.get_stats(queue_name)
-
-    async def list_queues(self) -> dict[str, int]:
-        """How many tasks wait in each queue that was used since it was last cleared."""
-        return await self._connected.viewer.list_queues()
-
-    async def clear(self, queue_name: str) -> int:
-        """Delete everything in a queue but its workflows; how many tasks and crons there were."""
-        return await self._connected.producer.clear(queue_name)
-
-    async def add_cron(self, queue_name: str, deterministic_id: str, task_cron: Payload) -> bool:
-        """Store a cron; False where it is already there. A bad expression is a ValueError."""
-        return await self._connected.definitions.add_cron(queue_name, deterministic_id, task_cron)
-
-    async def delete_cron(self, queue_name: str, deterministic_id: str) -> bool:
-        """Delete a cron; False where there was none."""
-        return await self._connected.definitions.delete_cron(queue_name, deterministic_id)
-
-    async def get_crons(self, queue_name: str) -> list[Payload]:
-        """The queue's crons, the oldest first."""
-        return await self._connected.definitions.get_crons(queue_name)
-
-    async def store_workflow(self, queue_name: str, workflow_data: Payload) -> bool:
-        """Store a workflow and what it waits for, in place of an earlier state; always True."""
-        return await self._connected.definitions.store_workflow(queue_name, workflow_data)
-
-    async def get_workflows(self, queue_name: str, workflow_ids: list[str]) -> dict[str, Payload]:
-        """Those of the workflows that exist, by id."""
-        return await self._connected.definitions.get_workflows(queue_name, workflow_ids)
-
-    async def get_all_workflows(self, queue_name: str) -> list[Payload]:
-        """Every workflow of the queue, the oldest first."""
-        return await self._connected.definitions.get_all_workflows(queue_name)
-
-    async def get_pending_workflows(self, queue_name: str) -> list[Payload]:
-        """Workflows that have neither completed nor failed, the oldest first."""
-        return await self._connected.definitions.get_pending_workflows(queue_name)
-
     async def get_workflow_results(
         self, queue_name: str, workflow_ids: list[str], timeout: float | None = None
     ) -> dict[str, Payload]:
         """Workflows that have completed or failed, by id; `timeout` as in get_results."""
         return await self._connected.viewer.get_workflow_results(queue_name, workflow_ids, timeout)
-
-    async def delete_workflow(self, queue_name: str, workflow_id: str) -> bool:
-        """Delete a workflow; False where there was none."""
-        return await self._connected.definitions.delete_workflow(queue_name, workflow_id)
-
-    async def mark_workflow_task_complete(
-        self, queue_name: str, workflow_id: str, task_id: str
-    ) -> int:
-        """How many tasks the workflow still waits for; -1 if it did not wait for this one."""
-        return await self._connected.definitions.complete_task(queue_name, workflow_id, task_id)
 
     async def acquire_rate_limit(
         self,
@@ -338,6 +262,12 @@ class SqlBackend(Backend):
         if self._claims_pid != os.getpid():
             self._claims, self._claims_pid = Claims(), os.getpid()
         self._claims.lose_all()
+
+    async def _session_now(self) -> Session:
+        """The session, opened where it is not."""
+        if not self.is_connected:
+            await self.connect()
+        return self._connected
 
     @property
     def _connected(self) -> Session:

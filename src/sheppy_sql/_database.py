@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from sheppy import BackendError
 from sqlalchemy import Engine
@@ -22,7 +22,7 @@ from ._errors import Fault, backend_error, fault, is_driver_error, is_starting
 from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
-    from sqlalchemy import Executable
+    from sqlalchemy import CursorResult, Executable
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from ._dialects import Dialect
@@ -57,22 +57,24 @@ class Transaction:
     connection: AsyncConnection
     tables: Tables
     dialect: Dialect
-    repeated: bool
+    repeated: bool = False
     """Whether this was tried before an outage, and may be committed though nobody heard of it."""
+    fixed_snapshot: bool = False
+    """Whether a later statement may not see what others have committed meanwhile."""
 
     async def rows(self, statement: Executable) -> Sequence[Any]:
         """Rows, with the selected columns as attributes."""
-        return (await self.connection.execute(statement)).all()
+        return (await self.execute(statement)).all()
 
     async def scalar(self, statement: Executable) -> Any:
-        return (await self.connection.execute(statement)).scalar()
+        return (await self.execute(statement)).scalar()
 
     async def count(self, statement: Executable) -> int:
         """How many rows the statement changed."""
-        return (await self.connection.execute(statement)).rowcount
+        return (await self.execute(statement)).rowcount
 
-    async def execute(self, statement: Executable) -> None:
-        await self.connection.execute(statement)
+    async def execute(self, statement: Executable) -> CursorResult[Any]:
+        return await self.connection.execute(statement)
 
 
 _locks: weakref.WeakKeyDictionary[Engine, tuple[asyncio.AbstractEventLoop, asyncio.Lock]] = (
@@ -80,6 +82,21 @@ _locks: weakref.WeakKeyDictionary[Engine, tuple[asyncio.AbstractEventLoop, async
 )
 
 Operation = Callable[Concatenate[Transaction, P], Awaitable[T]]
+
+
+class Operations(Protocol):
+    """Where operations are carried out: in transactions of their own, or in the caller's."""
+
+    @property
+    def dialect(self) -> Dialect: ...
+
+    async def write(
+        self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+
+    async def read(
+        self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
 
 
 class Database:

@@ -13,15 +13,15 @@ from ._stores.receipts import once
 from ._validation import check_cron_expression, check_key, check_keys, check_queue
 
 if TYPE_CHECKING:
-    from ._database import Database
+    from ._database import Operations
     from ._options import Options
-    from ._wakeups import Wakeups
+    from ._wakeups import Signals
 
 
 class Definitions:
     """The crons and workflows of one installation."""
 
-    def __init__(self, database: Database, wakeups: Wakeups, options: Options) -> None:
+    def __init__(self, database: Operations, wakeups: Signals, options: Options) -> None:
         self._database = database
         self._wakeups = wakeups
         self._max_bytes = options.max_payload_bytes

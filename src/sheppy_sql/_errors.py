@@ -14,6 +14,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 UPGRADE_HINT = 'run "sheppy-sql db upgrade --url URL" (or "alembic upgrade head")'
 
 
+class TransactionConflictError(BackendError):
+    """The caller's transaction met another one's: roll it back and run it again, from its start.
+
+    Raised by what is bound to a session: it repeats nothing there.
+    """
+
+
 class Fault(enum.Enum):
     """What can be done about an error."""
 
@@ -109,6 +116,16 @@ def backend_error(action: str, error: BaseException) -> BackendError:
     said = _said(root)
     hint = _hint(root)
     return BackendError(f"Failed to {action}: {said}{f'; {hint}' if hint else ''}")
+
+
+def joined_error(action: str, error: BaseException) -> BackendError | None:
+    """What a caller hears in whose transaction it happened; None where no driver has raised it."""
+    if not is_driver_error(error):
+        return None
+    told = backend_error(action, error)
+    if fault(error) is not Fault.CONFLICT:
+        return told
+    return TransactionConflictError(f"{told}; roll back the transaction and run it again")
 
 
 def _root(error: BaseException) -> BaseException:

@@ -21,9 +21,9 @@ from .schema import PENDING, SCHEDULED
 
 if TYPE_CHECKING:
     from ._claims import Claims
-    from ._database import Database, Transaction
+    from ._database import Operations, Transaction
     from ._options import Options
-    from ._wakeups import Wakeups
+    from ._wakeups import Signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,19 @@ class Producer:
     """append, schedule and pop_scheduled of one backend instance."""
 
     def __init__(
-        self, database: Database, wakeups: Wakeups, claims: Claims, options: Options
+        self,
+        database: Operations,
+        wakeups: Signals,
+        claims: Claims,
+        options: Options,
+        *,
+        registers: bool = True,
     ) -> None:
+        """`registers`: whether a queue is made known before its first task is there.
+
+        The row would be locked until the transaction ends, and with it every other first task.
+        """
+        self._registers = registers
         self._database = database
         self._wakeups = wakeups
         self._claims = claims
@@ -235,7 +246,7 @@ class Producer:
         return True
 
     async def _register(self, tx: Transaction, queue: str) -> None:
-        if queue not in self._known_queues:
+        if self._registers and queue not in self._known_queues:
             await queue_store.register(tx, queue)
 
 

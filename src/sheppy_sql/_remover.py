@@ -13,15 +13,15 @@ from ._stores.receipts import once
 from ._validation import check_key, check_queue
 
 if TYPE_CHECKING:
-    from ._database import Database, Transaction
+    from ._database import Operations, Transaction
     from ._options import Options
-    from ._wakeups import Wakeups
+    from ._wakeups import Signals
 
 
 class Remover:
     """cancel and delete_task of one backend instance."""
 
-    def __init__(self, database: Database, wakeups: Wakeups, options: Options) -> None:
+    def __init__(self, database: Operations, wakeups: Signals, options: Options) -> None:
         self._database = database
         self._wakeups = wakeups
         self._options = options

@@ -87,6 +87,7 @@ class Session:
         if heart is not None:
             parts.append(Part("renew leases", heart.beat_if_late, options.lease / BEATS_PER_LEASE))
         self._background = Background(heart, parts)
+        self.options = options
         self.database = database
         self.wakeups = wakeups
         self.consumer = Consumer(

@@ -20,9 +20,9 @@ from ._stores import tasks as task_store
 from ._stores.children import Child
 
 if TYPE_CHECKING:
-    from ._database import Database, Transaction
+    from ._database import Operations, Transaction
     from ._payloads import Payload, TaskRow
-    from ._wakeups import Topic, Wakeups
+    from ._wakeups import Signals, Topic
 
 COMPLETED = "completed"
 
@@ -51,7 +51,7 @@ class Children:
 class Unit:
     """The children of one run of a task."""
 
-    def __init__(self, wakeups: Wakeups, queue: str, task_id: str) -> None:
+    def __init__(self, wakeups: Signals, queue: str, task_id: str) -> None:
         self._wakeups = wakeups
         self._parent = (queue, task_id)
         self._run = asyncio.current_task()
@@ -59,7 +59,7 @@ class Unit:
         self._ids: set[tuple[str, str]] = set()
         self._ended = False
 
-    def is_open_in(self, wakeups: Wakeups) -> bool:
+    def is_open_in(self, wakeups: Signals) -> bool:
         """Whether a task enqueued now in that installation can still go with the result.
 
         No longer once the run is over, however it ended: what the task has left running
@@ -75,7 +75,7 @@ class Unit:
 
     async def take(
         self,
-        database: Database,
+        database: Operations,
         queue: str,
         rows: Sequence[TaskRow],
         run_at: datetime | None = None,
@@ -118,7 +118,7 @@ class Unit:
 _unit: ContextVar[Unit | None] = ContextVar("sheppy_sql_unit", default=None)
 
 
-def begin(wakeups: Wakeups, queue: str, task_id: str) -> None:
+def begin(wakeups: Signals, queue: str, task_id: str) -> None:
     """Hold back, from now on in this context, what is enqueued until the task has its result."""
     unit = _unit.get()
     # The middleware may be both the worker's and the task's.
@@ -126,7 +126,7 @@ def begin(wakeups: Wakeups, queue: str, task_id: str) -> None:
         _unit.set(Unit(wakeups, queue, task_id))
 
 
-def for_children(wakeups: Wakeups, tasks: Sequence[Payload]) -> Unit | None:
+def for_children(wakeups: Signals, tasks: Sequence[Payload]) -> Unit | None:
     """The unit of the task that is running here and enqueues these, if there is one.
 
     None for the steps of a workflow, as its record, which waits for them, is stored at once.
@@ -135,7 +135,7 @@ def for_children(wakeups: Wakeups, tasks: Sequence[Payload]) -> Unit | None:
     return None if unit is None or any(task.get("workflow_id") for task in tasks) else unit
 
 
-def end(wakeups: Wakeups, queue: str, task: Payload) -> Children | None:
+def end(wakeups: Signals, queue: str, task: Payload) -> Children | None:
     """End the unit if it is that of the task, which is about to be stored."""
     unit = _current(wakeups)
     if unit is None or not unit.is_of(queue, task):
@@ -144,6 +144,6 @@ def end(wakeups: Wakeups, queue: str, task: Payload) -> Children | None:
     return unit.end(task)
 
 
-def _current(wakeups: Wakeups) -> Unit | None:
+def _current(wakeups: Signals) -> Unit | None:
     unit = _unit.get()
     return unit if unit is not None and unit.is_open_in(wakeups) else None

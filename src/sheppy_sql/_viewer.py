@@ -15,7 +15,7 @@ from ._stores import workflows as workflow_store
 from ._validation import check_keys, check_limit, check_queue, check_timeout
 
 if TYPE_CHECKING:
-    from ._database import Database
+    from ._database import Operations
     from ._options import Options
     from ._wakeups import Wakeups
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Viewer:
     """Everything that reads tasks and changes nothing."""
 
-    def __init__(self, database: Database, wakeups: Wakeups, options: Options) -> None:
+    def __init__(self, database: Operations, wakeups: Wakeups, options: Options) -> None:
         self._database = database
         self._wakeups = wakeups
         self._max_poll_interval = options.max_poll_interval

@@ -16,7 +16,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 Topic = tuple[str, ...]
@@ -46,6 +46,12 @@ def finished(queue: str, task_id: str) -> Topic:
 def ended(queue: str, workflow_id: str) -> Topic:
     """That workflow has completed or failed."""
     return ("ended", queue, workflow_id)
+
+
+class Signals(Protocol):
+    """Where news goes."""
+
+    def wake(self, topics: Iterable[Topic]) -> None: ...
 
 
 class Wakeups:

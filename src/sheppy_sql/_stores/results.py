@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, null, select, tuple_
+from sqlalchemy import Text, delete, literal, null, select, tuple_
 
 from ._common import among, is_held, unexpired
 
@@ -81,6 +81,28 @@ async def is_of_claim(tx: Transaction, queue: str, task_id: str, token: int | No
         results.c.queue == queue, results.c.id == task_id, results.c.claim_token == token
     )
     return await tx.scalar(stored) is not None
+
+
+async def check_unseen(tx: Transaction, queue: str, ids: Sequence[str]) -> None:
+    """Fail as a conflict where one of the ids has a result that this transaction cannot see.
+
+    Only where the snapshot is fixed: the task may have ended since it was taken. An INSERT meets
+    what a SELECT does not show, and is then refused as a serialization failure.
+    """
+    if not tx.fixed_snapshot:
+        return
+    results = tx.tables.results
+    item = tx.dialect.unnest({"id": (Text(), ids)})
+    probe = tx.dialect.insert(results).from_select(
+        ["queue", "id", "payload", "finished_at"],
+        select(literal(queue, Text), item.c.id, literal("null", Text), tx.dialect.now()),
+    )
+    probed = await tx.rows(probe.on_conflict_do_nothing().returning(results.c.id))
+    await tx.execute(
+        delete(results).where(
+            results.c.queue == queue, among(tx, results.c.id, sorted(row.id for row in probed))
+        )
+    )
 
 
 async def remove(tx: Transaction, queue: str, task_id: str) -> None:

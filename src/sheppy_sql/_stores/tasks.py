@@ -21,6 +21,7 @@ from sqlalchemy import (
 )
 
 from ..schema import PENDING, POSITION_STEP, SCHEDULED, Timestamp
+from . import results as result_store
 from ._common import UNCLAIMED, among, delete_in_order, is_held, unexpired
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ async def add(
         before |= await _remove_finished(tx, queue, sorted(now), token, of_append=True)
         now -= before
     if now:
+        await result_store.check_unseen(tx, queue, sorted(now))
         now -= await _remove_finished(tx, queue, sorted(now), token)
     return Added(now, before)
 
@@ -119,6 +121,7 @@ async def put(
     if tx.repeated and stored < len(rows):
         return False
     ids = [row.id for row in rows]
+    await result_store.check_unseen(tx, queue, sorted(ids))
     results, scheduled = tx.tables.results, tx.tables.scheduled_tasks
     await tx.execute(
         delete_in_order(results, results.c.queue == queue, among(tx, results.c.id, ids))
