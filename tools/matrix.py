@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT / ".venvs"
 PROJECT = "sheppy-sql"
 OLDEST = (3, 10)
+EXTRAS = {"test", "sync"}  # what the tests need
 SELECTION = "not torture and not system"
 
 PROBE = """
@@ -72,7 +73,7 @@ def call(*command: str, capture: bool = False) -> subprocess.CompletedProcess[st
 
 
 def lowest_constraints(requirements: Iterable[str]) -> list[str]:
-    """Return `name==lower bound` for each direct dependency, those of the extra `test` included.
+    """Return `name==lower bound` for each direct dependency, those of the tests included.
 
     Raises ValueError for a dependency that states no lower bound.
     """
@@ -82,7 +83,7 @@ def lowest_constraints(requirements: Iterable[str]) -> list[str]:
         if match is None:
             raise ValueError(f"Cannot read the requirement {requirement!r}")
         extra = _EXTRA.search(match["marker"] or "")
-        if match["name"] == PROJECT or (extra and extra["extra"] != "test"):
+        if match["name"] == PROJECT or (extra and extra["extra"] not in EXTRAS):
             continue
         bound = _LOWER_BOUND.search(match["bounds"])
         if bound is None:

@@ -22,7 +22,7 @@ from ._errors import Fault, backend_error, fault, is_driver_error, is_starting
 from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
-    from sqlalchemy import CursorResult, Executable
+    from sqlalchemy import Executable
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from ._dialects import Dialect
@@ -50,6 +50,17 @@ def new_token() -> int:
     return secrets.randbits(63)
 
 
+class Result(Protocol):
+    """What a store asks of a statement's result, whoever has carried it out."""
+
+    @property
+    def rowcount(self) -> int: ...
+
+    def all(self) -> Sequence[Any]: ...
+
+    def scalar(self) -> Any: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Transaction:
     """What a store needs: where to execute, on which tables, in which dialect."""
@@ -73,7 +84,7 @@ class Transaction:
         """How many rows the statement changed."""
         return (await self.execute(statement)).rowcount
 
-    async def execute(self, statement: Executable) -> CursorResult[Any]:
+    async def execute(self, statement: Executable) -> Result:
         return await self.connection.execute(statement)
 
 

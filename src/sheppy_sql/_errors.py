@@ -52,6 +52,8 @@ _POOLER_HINT = (
     "it to False; for an engine of your own see docs/postgresql.md"
 )
 
+_DRIVERS = ("asyncpg", "psycopg", "sqlite3", "aiosqlite")  # psycopg2 as well
+
 _HINTS_BY_STATE = {
     "26000": _POOLER_HINT,
     "42P05": _POOLER_HINT,
@@ -63,6 +65,7 @@ _HINTS_BY_STATE = {
     "42703": f"the tables are of another version: {UPGRADE_HINT}",
     "42501": "grant this user SELECT, INSERT, UPDATE and DELETE on the tables, USAGE on the "
     "sequence and the schema",
+    "25P02": "roll back the transaction, which an earlier error has ended",
     "25006": "the server is read-only: connect to the primary",
     "53300": "the server has no free connections: raise max_connections or lower pool_size",
     "53100": "the server's disk is full: make room",
@@ -77,6 +80,13 @@ _HINTS_BY_TEXT = {
     "file is not a database": "the file is something else: check the path in the URL",
     "is locked": "another program holds a long transaction on the file: end it",
     "disk is full": "make room on the disk",
+}
+
+
+# Of SQLAlchemy, whose own texts may quote what failed before.
+_HINTS_BY_TYPE = {
+    "PendingRollbackError": "roll back the session, whose transaction an earlier error has ended",
+    "ResourceClosedError": "the connection is closed",
 }
 
 
@@ -104,7 +114,7 @@ def is_driver_error(error: BaseException) -> bool:
     """Whether `error` comes from the database or the way to it, and not from a caller."""
     return isinstance(
         error, (SQLAlchemyError, OSError, asyncio.TimeoutError, ssl.SSLError)
-    ) or _module(error).startswith(("asyncpg", "sqlite3", "aiosqlite"))
+    ) or _module(error).startswith(_DRIVERS)
 
 
 def backend_error(action: str, error: BaseException) -> BackendError:
@@ -136,7 +146,8 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _sqlstate(root: BaseException) -> str | None:
-    state = getattr(root, "sqlstate", None)
+    # psycopg2 has it under another name.
+    state = getattr(root, "sqlstate", None) or getattr(root, "pgcode", None)
     return state if isinstance(state, str) else None
 
 
@@ -177,6 +188,8 @@ def _said(root: BaseException) -> str:
 def _hint(root: BaseException) -> str | None:
     if state := _sqlstate(root):
         return _HINTS_BY_STATE.get(state)
+    if type(root).__name__ in _HINTS_BY_TYPE:
+        return _HINTS_BY_TYPE[type(root).__name__]
     if isinstance(root, ssl.SSLError):
         return "check sslmode and sslrootcert in the URL"
     if isinstance(root, OSError) and _module(root) != "sqlite3":

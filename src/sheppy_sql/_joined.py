@@ -17,11 +17,11 @@ from ._database import Transaction
 from ._errors import joined_error
 
 if TYPE_CHECKING:
-    from sqlalchemy import CursorResult, Executable
+    from sqlalchemy import Executable
     from sqlalchemy.engine import RootTransaction
     from sqlalchemy.orm import Session as SyncSession
 
-    from ._database import Operation
+    from ._database import Operation, Result
     from ._dialects import Dialect
     from ._wakeups import Topic, Wakeups
     from .schema import Tables
@@ -42,7 +42,7 @@ _signals: weakref.WeakKeyDictionary[Any, dict[int, AfterCommit]] = weakref.WeakK
 class JoinedTransaction(Transaction):
     """The caller's; what its engine is set to does not change our statements."""
 
-    async def execute(self, statement: Executable) -> CursorResult[Any]:
+    async def execute(self, statement: Executable) -> Result:
         return await self.connection.execute(statement, execution_options=AS_WRITTEN)
 
 
@@ -122,13 +122,14 @@ class AfterCommit:
     def of(cls, session: AsyncSession | AsyncConnection, wakeups: Wakeups) -> AfterCommit:
         """The one of this session or connection; a second `bind` adds no second listener."""
         if isinstance(session, AsyncSession):
-            return cls._on(session.sync_session, wakeups)
+            return cls.on(session.sync_session, wakeups)
         if session.sync_connection is None:
             raise ValueError("The connection is not open: use it in `async with engine.begin()`")
-        return cls._on(session.sync_connection, wakeups)
+        return cls.on(session.sync_connection, wakeups)
 
     @classmethod
-    def _on(cls, target: SyncSession | Connection, wakeups: Wakeups) -> AfterCommit:
+    def on(cls, target: SyncSession | Connection, wakeups: Wakeups) -> AfterCommit:
+        """The one of what SQLAlchemy's events tell of; a Connection's needs an event loop."""
         known = _signals.setdefault(target, {})
         if id(wakeups) not in known:
             signals = known[id(wakeups)] = cls(wakeups)

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
-from sheppy import BackendError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _pruner, _urls, _wakeups
@@ -18,7 +17,7 @@ from ._consumer import Consumer
 from ._database import Database, Transaction
 from ._definitions import Definitions
 from ._dialects import dialect_named
-from ._errors import UPGRADE_HINT, is_missing_table
+from ._errors import is_missing_table
 from ._heart import BEATS_PER_LEASE, Heart
 from ._leases import Leases
 from ._leftovers import Leftovers
@@ -229,19 +228,7 @@ async def _installation(database: Database, options: Options) -> Installation:
     if outdated and (database.dialect.embedded or options.migrate):
         await database.write("migrate the tables", _migrate, options)
         found = await database.read("connect", _read_installation)
-    if found is None:
-        raise BackendError(f"Failed to connect: tables are missing; {UPGRADE_HINT}")
-    if found.version < SCHEMA_VERSION:
-        raise BackendError(
-            f"Failed to connect: the tables have version {found.version}, this sheppy-sql needs "
-            f"{SCHEMA_VERSION}; {UPGRADE_HINT}"
-        )
-    if found.oldest_code > SCHEMA_VERSION:
-        raise BackendError(
-            f"Failed to connect: the tables have version {found.version}, which this sheppy-sql "
-            f"(made for {SCHEMA_VERSION}) can no longer use; run "
-            '"pip install --upgrade sheppy-sql"'
-        )
+    found = installation_store.check(found)
     if found.version > SCHEMA_VERSION:
         logger.info(
             "The tables have version %d, newer than this sheppy-sql's %d, and still accept it",

@@ -26,11 +26,13 @@ LOOK_SHARE = 10  # a look by itself takes at most a tenth of the time
 JITTER = 0.25  # share of an interval, so that idle workers do not fall into step
 
 _hubs: weakref.WeakValueDictionary[str, Wakeups] = weakref.WeakValueDictionary()
+_hubs_lock = threading.Lock()
 
 
 def hub(installation: str) -> Wakeups:
     """The signals of one installation, shared by every backend on it in this process."""
-    return _hubs.setdefault(installation, Wakeups())
+    with _hubs_lock:
+        return _hubs.setdefault(installation, Wakeups())
 
 
 def pending(queue: str) -> Topic:
@@ -173,6 +175,13 @@ def wait_seconds(timeout: float | None, *, zero_means_forever: bool) -> float:
     return timeout
 
 
+def _begin_anew() -> None:
+    """Forget the parent's waiters: a child's copies would signal through the parent's sockets."""
+    global _hubs_lock
+    # A thread that the child does not have may have held it.
+    _hubs_lock = threading.Lock()
+    _hubs.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    # A child's copies of its parent's waiters would signal through the parent's sockets.
-    os.register_at_fork(after_in_child=_hubs.clear)
+    os.register_at_fork(after_in_child=_begin_anew)
