@@ -18,6 +18,7 @@ from ._payloads import encode_task
 
 if TYPE_CHECKING:
     from sheppy import Task
+    from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.orm import Session as SyncSession
     from sqlalchemy.orm import SessionTransaction
@@ -75,8 +76,7 @@ class Completion(AsyncSession):
         self._payload: Payload | None = None
         self._committing: asyncio.Task[None] | None = None
         self._holds_turn = False
-        if database.turn is not None and connection.sync_connection is not None:
-            event.listen(connection.sync_connection, "begin", self._take_turn)
+        event.listen(self.sync_session, "after_begin", self._after_begin)
         event.listen(self.sync_session, "before_commit", self._before_commit)
         event.listen(self.sync_session, "after_commit", self._after_commit)
         event.listen(self.sync_session, "after_transaction_end", self._after_end)
@@ -198,11 +198,15 @@ class Completion(AsyncSession):
         self._task.__dict__["config"] = self._task.config.model_copy(update={"retry": 0})
         self._completed()
 
-    def _take_turn(self, _: object) -> None:
-        turn = self._database.turn
-        if turn is not None:
+    def _after_begin(
+        self, _: SyncSession, transaction: SessionTransaction, connection: Connection
+    ) -> None:
+        if transaction.nested:
+            return
+        if (turn := self._database.turn) is not None:
             _await(turn.acquire())
             self._holds_turn = True
+        self._database.dialect.begin_lent(connection)
 
     def _after_end(self, _: SyncSession, transaction: SessionTransaction) -> None:
         if transaction.parent is None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from sheppy_sql import Completion, SqlBackend
 
 
+Orders = Callable[[], Awaitable[list[int]]]
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     for memory in (tasks.backends, tasks.actions):
@@ -29,7 +32,7 @@ def _fresh() -> Iterator[None]:
 
 
 @pytest.fixture
-async def orders(database: TestDatabase) -> Callable[[], Awaitable[list[int]]]:
+async def orders(database: TestDatabase) -> Orders:
     """The numbers of the orders that are committed."""
     engine = create_async_engine(database.url)
     async with engine.begin() as connection:

@@ -26,6 +26,15 @@ class Order(Base):
     task: Mapped[str | None]
 
 
+class Entry(Base):
+    """Nothing keeps it from being there twice."""
+
+    __tablename__ = "entries"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int]
+
+
 class Receipt(BaseModel):
     number: int
     lines: list[str]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from datetime import datetime, timezone
 from typing import Any
 
@@ -15,7 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import InvalidRequestError
 
 from sheppy_sql import Completion, SqlBackend, _wakeups
-from tests.completing.conftest import backend_of, begin, complete, fail, run
+from tests.completing.conftest import Orders, backend_of, begin, complete, fail, run
 from tests.completing.tasks import (
     Order,
     act,
@@ -30,8 +29,6 @@ from tests.completing.tasks import (
 from tests.host.support import MakeBackend
 from tests.support import make_worker, run_worker
 from tests.support.databases import TestDatabase
-
-Orders = Callable[[], Awaitable[list[int]]]
 
 
 async def is_claimed(database: TestDatabase) -> bool:

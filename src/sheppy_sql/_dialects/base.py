@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from sqlalchemy import ColumnElement, FromClause, Table
+    from sqlalchemy import ColumnElement, Connection, FromClause, Table
     from sqlalchemy.dialects.postgresql import Insert as PostgreSQLInsert
     from sqlalchemy.dialects.sqlite import Insert as SQLiteInsert
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Dialect(ABC):
-    """Eight differences between PostgreSQL and SQLite."""
+    """Nine differences between PostgreSQL and SQLite."""
 
     embedded: ClassVar[bool]
     """A file of this machine: one transaction writes at a time, and nobody deploys its tables."""
@@ -50,7 +50,11 @@ class Dialect(ABC):
 
     @abstractmethod
     async def lend(self, connection: AsyncConnection) -> None:
-        """Have whoever begins a transaction on the connection begin it as `begin` does."""
+        """Prepare a connection on which somebody else will begin a transaction that writes."""
+
+    @abstractmethod
+    def begin_lent(self, connection: Connection) -> None:
+        """Make of a transaction that has just been begun there what `begin` makes of its own."""
 
     @abstractmethod
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:

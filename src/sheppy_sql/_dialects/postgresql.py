@@ -26,7 +26,7 @@ from . import logs, poolers
 from .base import Dialect
 
 if TYPE_CHECKING:
-    from sqlalchemy import FromClause, Table
+    from sqlalchemy import Connection, FromClause, Table
     from sqlalchemy.dialects.postgresql import Insert
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -122,6 +122,9 @@ class PostgreSQL(Dialect):
 
     async def lend(self, connection: AsyncConnection) -> None:
         await connection.execution_options(isolation_level="READ COMMITTED")
+
+    def begin_lent(self, connection: Connection) -> None:
+        pass
 
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
         # Not clock_timestamp(): it is volatile, and no index is searched by it.

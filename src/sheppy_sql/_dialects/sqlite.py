@@ -89,8 +89,15 @@ class SQLite(Dialect):
 
     async def lend(self, connection: AsyncConnection) -> None:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
-        if connection.sync_connection is not None:
-            event.listen(connection.sync_connection, "begin", _begin_immediate)
+
+    def begin_lent(self, connection: Connection) -> None:
+        raw = connection.connection.driver_connection
+        if raw is not None and raw.in_transaction:
+            # As in `begin`.
+            connection.exec_driver_sql("ROLLBACK")
+        tries_left = BUSY_TRIES
+        while not _has_begun(connection, is_last=tries_left == 1):
+            tries_left -= 1
 
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
         # The same machine's clock, and finer than SQLite's own milliseconds.
@@ -128,16 +135,6 @@ def _probe(_dialect: Any, _record: Any, arguments: Any, options: Any) -> None:
         sqlite3.connect(*arguments, **understood).close()
     except sqlite3.OperationalError as error:
         raise sqlite3.OperationalError(f"{error} ({arguments[0]})") from None
-
-
-def _begin_immediate(connection: Connection) -> None:
-    raw = connection.connection.driver_connection
-    if raw is not None and raw.in_transaction:
-        # As in `begin`.
-        connection.exec_driver_sql("ROLLBACK")
-    tries_left = BUSY_TRIES
-    while not _has_begun(connection, is_last=tries_left == 1):
-        tries_left -= 1
 
 
 def _has_begun(connection: Connection, *, is_last: bool) -> bool:
