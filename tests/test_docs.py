@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -19,12 +20,13 @@ import pytest
 import sheppy.cli.cli
 import typer.main
 from sheppy import Queue, Task, task
+from sqlalchemy.ext.asyncio import create_async_engine
 from trustme import CA
 from typer.core import TyperGroup
 
 from sheppy_sql import SqlBackend, _urls, cli, migrate
 from sheppy_sql.schema import SCHEMA_VERSION
-from tests.support import run_worker
+from tests.support import make_worker, run_worker
 from tests.support.databases import TestDatabase
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Spawner, environment
@@ -42,6 +44,7 @@ WORKER = ").work()"
 ROLES = 'schema="sheppy")'
 AUTOGENERATE = "def include_name("
 MIDDLEWARE = "middleware=[children_with_result]"
+COMPLETION = "backend.complete(current)"
 # Parts of a proposal: to be read, not run.
 SKETCHES = ("def create_backend(",)
 
@@ -109,7 +112,7 @@ def table(page: str, first_column: str) -> list[list[str]]:
 
 
 def test_every_block_of_python_is_tested_or_a_sketch() -> None:
-    tested = (PROGRAM, ENGINE, ROUTER, WORKER, ROLES, AUTOGENERATE, MIDDLEWARE)
+    tested = (PROGRAM, ENGINE, ROUTER, WORKER, ROLES, AUTOGENERATE, MIDDLEWARE, COMPLETION)
     for page in GUIDES:
         for text in blocks(page, "python"):
             compile(text, page, "exec")
@@ -170,6 +173,33 @@ async def test_worker_with_the_middleware_enqueues_a_tasks_children(
     await run_worker(found["worker"], max_tasks=2)
     assert sorted(str(task.result) for task in await queue.get_all_tasks())[0] == "42"
     await found["backend"].disconnect()
+
+
+async def test_task_completes_in_its_transaction(
+    database: TestDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = source("docs/transactions.md", COMPLETION, database.url)
+    (tmp_path / "shop.py").write_text(page, "utf-8")
+    # sheppy finds a task by its module.
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "shop", raising=False)
+    shop: Any = importlib.import_module("shop")
+    engine = create_async_engine(database.url)
+    async with engine.begin() as connection:
+        await connection.run_sync(shop.Base.metadata.create_all)
+    await engine.dispose()
+
+    queue, placed = Queue(shop.backend, "orders"), shop.place_order(1, 20)
+    await queue.add(placed)
+    await run_worker(make_worker(shop.backend, "orders"), max_tasks=1)
+    done = await queue.wait_for(placed, timeout=30)
+    assert done is not None
+    assert (done.status, done.result) == ("completed", {"order": 1})
+    assert await database.fetch("SELECT id, total FROM orders") == [(1, 20)]
+    [receipt] = await Queue(shop.backend, "emails").get_pending(10)
+    assert receipt.spec.args[0] == 1
+    await shop.backend.disconnect()
+    del sys.modules["shop"]
 
 
 async def test_two_roles_are_enough_and_the_statements_work(

@@ -361,6 +361,29 @@ async def test_whoever_waits_is_woken(app: Queue) -> None:
         assert waiter.take_signals() == {topic}
 
 
+async def test_under_the_next_sheppy_it_is_the_same(
+    make_next_backend: MakeBackend, orders: Orders, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its worker renews the claims itself, and takes over those that are stale."""
+    backend, other = await make_next_backend(), await make_next_backend()
+    queue = Queue(backend, "test")
+    first, second = await begin(queue), await begin(queue)
+
+    async def go_on(tx: Completion) -> None:
+        await backend.heartbeat("test", [str(first.id)])
+        await tx.flush()
+
+    await complete(backend, first, 1, then=go_on)
+    crashed = {"status": "crashed", "finished_at": "2030-01-01T00:00:00Z"}
+    await backend.store_result("test", {**first.model_dump(mode="json"), **crashed})
+    assert (await queue.get_task(first) or first).status == "completed"
+    assert len(await other.get_stale_messages("test", 0)) == 1
+    with pytest.raises(BackendError, match="taken over"):
+        await complete(backend, second, 2)
+    assert await orders() == [1]
+    assert caplog.records == []
+
+
 async def test_memory_is_refused(memory_url: str) -> None:
     backend = SqlBackend(memory_url)
     await backend.connect()
