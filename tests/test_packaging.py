@@ -84,7 +84,7 @@ def test_wheel_holds_the_package_and_its_migrations_only(wheel: Path) -> None:
     expected = ["migrations/env.py", "py.typed", "cli.py", *revisions]
     assert not {f"sheppy_sql/{name}" for name in expected} - set(names)
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"sheppy_sql"}
-    assert not [name for name in names if "/test" in name or "__pycache__" in name]
+    assert not [name for name in names if "/test_" in name or "__pycache__" in name]
 
 
 def test_installed_command_makes_and_checks_the_tables(

@@ -156,6 +156,11 @@ class Database:
         """False after a fork, and once it or its event loop is closed."""
         return self._pid == os.getpid() and not self._closed and not self._loop.is_closed()
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """In which all of this is done."""
+        return self._loop
+
     def check_loop(self) -> None:
         """Raise BackendError in any event loop but the one that connected."""
         if asyncio.get_running_loop() is not self._loop:
