@@ -38,13 +38,19 @@ PAGES = [*GUIDES, "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
 
 # A block of Python is found by a line of it; each has a test below.
 PROGRAM = "async def greet("
-ENGINE = "engine = create_async_engine("
+ENGINE = "\nengine = create_async_engine("
 ROUTER = "app.include_router("
 WORKER = ").work()"
 ROLES = 'schema="sheppy")'
 AUTOGENERATE = "def include_name("
 MIDDLEWARE = "middleware=[children_with_result]"
 COMPLETION = "backend.complete(current)"
+FIXTURES = "pytest_plugins ="
+SHOP = "async def place_order("
+ASSERTING = "async def test_order_gets_a_receipt("
+CLOCK = "async def test_label_is_printed_once_the_printer_works("
+UNITTEST = "[receipt] = await drain(queue)\n    print("
+ROLLBACK = "async def test_stored_order_gets_a_receipt("
 # Parts of a proposal: to be read, not run.
 SKETCHES = ("def create_backend(",)
 
@@ -112,7 +118,11 @@ def table(page: str, first_column: str) -> list[list[str]]:
 
 
 def test_every_block_of_python_is_tested_or_a_sketch() -> None:
-    tested = (PROGRAM, ENGINE, ROUTER, WORKER, ROLES, AUTOGENERATE, MIDDLEWARE, COMPLETION)
+    tested = (
+        *(PROGRAM, ENGINE, ROUTER, WORKER, ROLES, AUTOGENERATE, MIDDLEWARE),
+        *(FIXTURES, SHOP, ASSERTING, CLOCK, UNITTEST, ROLLBACK),
+        *(COMPLETION,),
+    )
     for page in GUIDES:
         for text in blocks(page, "python"):
             compile(text, page, "exec")
@@ -291,6 +301,31 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+async def test_examples_of_testing_pass(database: TestDatabase, tmp_path: Path) -> None:
+    page = "docs/testing.md"
+    for name, part in {
+        "conftest.py": FIXTURES,
+        "shop.py": SHOP,
+        "test_asserting.py": ASSERTING,
+        "test_clock.py": CLOCK,
+        "program.py": UNITTEST,
+    }.items():
+        (tmp_path / name).write_text(block(page, part), "utf-8")
+    (tmp_path / "test_rollback.py").write_text(source(page, ROLLBACK, database.url), "utf-8")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
+        "pythonpath = .\nfilterwarnings = error\n",
+        "utf-8",
+    )
+    await database.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY)")
+    ran = run(sys.executable, "-m", "pytest", "-p", "no:xdist", directory=tmp_path)
+    assert "3 passed" in ran.stdout
+    assert await database.fetch("SELECT id FROM orders") == []
+    assert await database.fetch("SELECT id FROM sheppy_results") == []
+    ran = run(sys.executable, "program.py", directory=tmp_path)
+    assert ran.stdout == "receipt of order 1\n"
 
 
 def test_options_table_is_the_signature_and_its_docstring() -> None:

@@ -292,6 +292,12 @@ class SqlBackend(Calls):
             self._claims, self._claims_pid = Claims(), os.getpid()
         self._claims.lose_all()
 
+    def _disconnect_from_outside(self) -> None:
+        """Disconnect while the event loop is not running; harmless where it is closed already."""
+        session = self._session
+        if session is not None and session.database.is_usable:
+            session.database.loop.run_until_complete(self.disconnect())
+
     async def _session_now(self) -> Session:
         """The session, opened where it is not."""
         if not self.is_connected:

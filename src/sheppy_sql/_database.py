@@ -163,6 +163,11 @@ class Database:
         """Whether it is usable, and in the running event loop."""
         return self.is_usable and asyncio.get_running_loop() is self._loop
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """In which all of this is done."""
+        return self._loop
+
     def check_loop(self) -> None:
         """Raise BackendError in any event loop but the one that connected."""
         if asyncio.get_running_loop() is not self._loop:

@@ -65,8 +65,14 @@ class Session:
         create_engine: Callable[..., AsyncEngine] | None,
         host_decides: bool,
         resume_workflow: Resume,
+        passing: bool = False,
     ) -> None:
-        wakeups = _wakeups.hub(installation.name)
+        """`passing`: nobody else ever sees what it does, as all of it is rolled back in the end.
+
+        So it needs neither signs of life nor chores, wakes nobody, and leaves the row of a queue,
+        for which every other such session would wait, alone.
+        """
+        wakeups = _wakeups.Wakeups() if passing else _wakeups.hub(installation.name)
         suspects = Suspects()
         process = this_process()
         owner = f"{process.hostname}-{process.pid}-{uuid.uuid4().hex[:12]}"
@@ -84,11 +90,11 @@ class Session:
             self.sweeper = Sweeper(database, resume_workflow, grace=options.resume_workflows_after)
             parts.append(Part("resume workflows", self._sweep, self.sweeper.interval))
         # What ends with this process needs no signs of life.
-        beats = not host_decides and not database.is_in_memory
+        beats = not (host_decides or database.is_in_memory or passing)
         heart = Heart(database, process, options, owner=owner) if beats else None
         if heart is not None:
             parts.append(Part("renew leases", heart.beat_if_late, options.lease / BEATS_PER_LEASE))
-        self._background = Background(heart, parts)
+        self._background = Background(heart, [] if passing else parts)
         self.options = options
         self.database = database
         self.wakeups = wakeups
@@ -103,7 +109,7 @@ class Session:
             begin=self._background.start,
             host_decides=host_decides,
         )
-        self.producer = Producer(database, wakeups, claims, options)
+        self.producer = Producer(database, wakeups, claims, options, registers=not passing)
         self.remover = Remover(database, wakeups, options)
         self.viewer = Viewer(database, wakeups, options)
         self.definitions = Definitions(database, wakeups, options)
@@ -152,12 +158,34 @@ class Session:
             engine = create_engine()
         database = Database(engine, tables, dialect, outage_grace=options.outage_grace)
         try:
-            offset = await database.read("connect", _check_server)
-            installation = await _installation(database, options)
+            return await cls.on(
+                database,
+                claims,
+                options,
+                create_engine=create_engine,
+                host_decides=host_decides,
+                resume_workflow=resume_workflow,
+            )
         except BaseException:
             if create_engine is not None:
                 await engine.dispose()
             raise
+
+    @classmethod
+    async def on(
+        cls,
+        database: Database,
+        claims: Claims,
+        options: Options,
+        *,
+        create_engine: Callable[..., AsyncEngine] | None,
+        host_decides: bool,
+        resume_workflow: Resume,
+        passing: bool = False,
+    ) -> Session:
+        """A session on a database that is there, after a look at whether it can be used."""
+        offset = await database.read("connect", _check_server)
+        installation = await _installation(database, options)
         if offset is not None and abs(offset) > CLOCK_TOLERANCE:
             logger.warning(
                 "This machine's clock and the database's differ by %.1f s: tasks scheduled "
@@ -172,6 +200,7 @@ class Session:
             create_engine=create_engine,
             host_decides=host_decides,
             resume_workflow=resume_workflow,
+            passing=passing,
         )
         await anext(session._end)
         return session
