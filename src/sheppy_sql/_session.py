@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _pruner, _urls, _wakeups
 from ._background import Background
+from ._completer import Completer
 from ._consumer import Consumer
 from ._database import Database, Transaction
 from ._definitions import Definitions
@@ -60,7 +62,7 @@ class Session:
         claims: Claims,
         options: Options,
         *,
-        owns_engine: bool,
+        create_engine: Callable[..., AsyncEngine] | None,
         host_decides: bool,
         resume_workflow: Resume,
     ) -> None:
@@ -106,7 +108,15 @@ class Session:
         self.viewer = Viewer(database, wakeups, options)
         self.definitions = Definitions(database, wakeups, options)
         self.limiter = Limiter(database, claims)
-        self._owns_engine = owns_engine
+        self.completer = Completer(
+            database,
+            wakeups,
+            claims,
+            options,
+            create_engine=create_engine,
+            completed=self.consumer.completed,
+        )
+        self._owns_engine = create_engine is not None
         self._end = self._until_end()
         self._closing: asyncio.Task[None] | None = None
 
@@ -126,17 +136,26 @@ class Session:
         `host_decides`: the host gives signs of life of its own, and says what is stale.
         Raises BackendError where the server or its tables cannot be used.
         """
+        create_engine: Callable[..., AsyncEngine] | None = None
         if isinstance(url_or_engine, AsyncEngine):
-            engine, ours = url_or_engine, False
+            engine = url_or_engine
             dialect = _dialect(engine.dialect.name, options)
         else:
-            (engine, dialect), ours = _engine(url_or_engine, options), True
+            target = _urls.parse(url_or_engine)
+            dialect = _dialect(target.url.get_backend_name(), options)
+            create_engine = functools.partial(
+                dialect.create_engine,
+                target,
+                pool_size=options.pool_size,
+                connect_timeout=options.connect_timeout,
+            )
+            engine = create_engine()
         database = Database(engine, tables, dialect, outage_grace=options.outage_grace)
         try:
             offset = await database.read("connect", _check_server)
             installation = await _installation(database, options)
         except BaseException:
-            if ours:
+            if create_engine is not None:
                 await engine.dispose()
             raise
         if offset is not None and abs(offset) > CLOCK_TOLERANCE:
@@ -150,7 +169,7 @@ class Session:
             installation,
             claims,
             options,
-            owns_engine=ours,
+            create_engine=create_engine,
             host_decides=host_decides,
             resume_workflow=resume_workflow,
         )
@@ -170,6 +189,7 @@ class Session:
         """Leave without a word: the event loop is closed, or the sockets are the parent's."""
         if self._owns_engine:
             self.database.engine.sync_engine.dispose(close=False)
+        self.completer.abandon()
         self._background.abandon()
         # Never finalised: the generator's end would signal the parent's event loop.
         _abandoned.append(self._end)
@@ -195,17 +215,9 @@ class Session:
                 await self.consumer.hand_back_all()
                 await self.database.close()
             finally:
+                await self.completer.close()
                 if self._owns_engine:
                     await self.database.engine.dispose()
-
-
-def _engine(url: str | URL, options: Options) -> tuple[AsyncEngine, Dialect]:
-    target = _urls.parse(url)
-    dialect = _dialect(target.url.get_backend_name(), options)
-    engine = dialect.create_engine(
-        target, pool_size=options.pool_size, connect_timeout=options.connect_timeout
-    )
-    return engine, dialect
 
 
 def _dialect(name: str, options: Options) -> Dialect:
