@@ -13,6 +13,7 @@ from sheppy import BackendError
 from . import _unit, _wakeups
 from ._claims import Park
 from ._database import CANCELLED_PATIENCE, new_token
+from ._finisher import Finisher
 from ._payloads import Payload, TaskRow, TooLargeError, decode, encode_task, failure_of
 from ._retries import LONGEST_DELAY, retry_of
 from ._stores import claims as claim_store
@@ -66,6 +67,7 @@ class Consumer:
         self._taking = 0
         self._taking_suspect = False
         self._leftovers = leftovers
+        self._finisher = Finisher(database)
         self._active = False
         self._closed = False
 
@@ -121,10 +123,7 @@ class Consumer:
         try:
             if task["finished_at"]:
                 ttl = self._options.ttl_for(task)
-                finish = children.finish if children else claim_store.finish
-                stored = await self._database.write(
-                    "store a result", finish, queue, row, token, ttl
-                )
+                stored = await self._finisher.finish(queue, row, token, ttl, children)
             else:
                 stored = await self._set_aside(queue, row, task, token)
             if not stored and token is not None and await self._has_result(queue, row.id, token):
@@ -288,7 +287,8 @@ class Consumer:
             repeated = tx.repeated
             return await operation(tx)
 
-        claim = self._database.start("take tasks", watched)
+        self._database.check_turn("take tasks")
+        claim = self._database.start_statement("take tasks", watched)
         try:
             claimed = await asyncio.shield(claim)
         except asyncio.CancelledError:

@@ -19,7 +19,15 @@ from sheppy import BackendError
 from sqlalchemy import Engine
 from sqlalchemy.pool import StaticPool
 
-from ._errors import Fault, backend_error, fault, is_driver_error, is_starting
+from ._errors import (
+    Fault,
+    LockedError,
+    backend_error,
+    fault,
+    is_driver_error,
+    is_lock_timeout,
+    is_starting,
+)
 from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
@@ -190,19 +198,39 @@ class Database:
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """What `operation`, one statement that changes nothing, finds."""
-        attempt = self._attempt(operation, False, *args, **kwargs)
+        attempt = self._attempt(lambda tx: operation(tx, *args, **kwargs), write=False)
         return await self.outcome(self._start(action, attempt))
 
     def start(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Task[T]:
         """`write` under way, for a caller who must know how it ends though it is cancelled."""
+        self.check_turn(action)
+        attempt = self._attempt(lambda tx: operation(tx, *args, **kwargs), write=True)
+        return self._start(action, attempt)
+
+    def start_statement(
+        self,
+        action: str,
+        operation: Callable[[Transaction], Awaitable[T]],
+        *,
+        patient: bool = True,
+    ) -> asyncio.Task[T]:
+        """`start` for what changes rows by one statement, which needs no BEGIN and COMMIT.
+
+        Unless `patient`, LockedError where the statement's own lock timeout has ended it.
+        """
+        return self._start(
+            action, self._attempt(operation, write=True, single=True), patient=patient
+        )
+
+    def check_turn(self, action: str) -> None:
+        """BackendError where the caller would wait for a transaction of his own."""
         if self.dialect.embedded and self.engine.url.database == locked_file():
             raise BackendError(
                 f"Failed to {action}: the transaction in which this task completes has the file, "
                 "and this would wait for it; use Queue(backend.bind(tx)), or wait for its end"
             )
-        return self._start(action, self._attempt(operation, True, *args, **kwargs))
 
     def give_up(self, work: asyncio.Task[Any]) -> None:
         """Have what is under way not be tried again; its caller is gone."""
@@ -243,12 +271,14 @@ class Database:
         """What must be held by whoever writes on a connection of his own; None where nothing."""
         return self._write_turn if isinstance(self._write_turn, asyncio.Lock) else None
 
-    def _start(self, action: str, attempt: Callable[[bool], Awaitable[T]]) -> asyncio.Task[T]:
+    def _start(
+        self, action: str, attempt: Callable[[bool], Awaitable[T]], *, patient: bool = True
+    ) -> asyncio.Task[T]:
         self.check_loop()
         if self._closed:
             raise BackendError(f"Failed to {action}: the backend was disconnected meanwhile")
         # A task of its own: a cancelled caller must not cut a commit in half.
-        return self.track(self._retry(action, attempt))
+        return self.track(self._retry(action, attempt, patient=patient))
 
     def _close_unwanted(self, opening: asyncio.Task[AsyncConnection]) -> None:
         if not opening.cancelled() and opening.exception() is None:
@@ -270,7 +300,9 @@ class Database:
         if not work.cancelled():
             work.exception()
 
-    async def _retry(self, action: str, attempt: Callable[[bool], Awaitable[T]]) -> T:
+    async def _retry(
+        self, action: str, attempt: Callable[[bool], Awaitable[T]], *, patient: bool
+    ) -> T:
         """The only place that sees a driver's error."""
         conflicts = outages = 0
         gives_up_at = math.inf
@@ -281,6 +313,8 @@ class Database:
             except Exception as error:
                 if not is_driver_error(error):
                     raise
+                if not patient and is_lock_timeout(error):
+                    raise LockedError from None
                 now = self._loop.time()
                 kind = fault(error)
                 if kind is Fault.CONFLICT and conflicts < CONFLICT_ATTEMPTS - 1:
@@ -319,7 +353,11 @@ class Database:
         return self._reached or is_starting(error)
 
     def _attempt(
-        self, operation: Operation[P, T], write: bool, *args: P.args, **kwargs: P.kwargs
+        self,
+        operation: Callable[[Transaction], Awaitable[T]],
+        *,
+        write: bool,
+        single: bool = False,
     ) -> Callable[[bool], Awaitable[T]]:
         """One try at `operation` in a transaction of its own, to be called as often as needed."""
 
@@ -327,9 +365,9 @@ class Database:
             turn = self._write_turn if write else self._read_turn
             async with turn, self.engine.connect() as connection:
                 try:
-                    await self.dialect.begin(connection, write=write)
+                    await self.dialect.begin(connection, write=write, single=single)
                     transaction = Transaction(connection, self.tables, self.dialect, repeated)
-                    outcome = await operation(transaction, *args, **kwargs)
+                    outcome = await operation(transaction)
                     await connection.commit()
                     return outcome
                 except Exception as error:

@@ -14,6 +14,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 UPGRADE_HINT = 'run "sheppy-sql db upgrade --url URL" (or "alembic upgrade head")'
 
 
+class RejectedError(BackendError):
+    """The database takes no offence at the call, but at one of the rows in it."""
+
+
+class LockedError(Exception):
+    """A statement that was not to wait met a lock; nothing was written."""
+
+
 class TransactionConflictError(BackendError):
     """The caller's transaction met another one's: roll it back and run it again, from its start.
 
@@ -107,6 +115,11 @@ def is_driver_error(error: BaseException) -> bool:
     ) or _module(error).startswith(("asyncpg", "sqlite3", "aiosqlite"))
 
 
+def is_lock_timeout(error: BaseException) -> bool:
+    """Whether a statement gave up waiting for a lock, as it was told to."""
+    return _sqlstate(_root(error)) == "55P03"
+
+
 def backend_error(action: str, error: BaseException) -> BackendError:
     """`Failed to <action>: <what the driver said>; <what to do>`, without any payload."""
     root = _root(error)
@@ -115,7 +128,14 @@ def backend_error(action: str, error: BaseException) -> BackendError:
         return BackendError(f"Failed to {action}: the connection to the database was lost")
     said = _said(root)
     hint = _hint(root)
-    return BackendError(f"Failed to {action}: {said}{f'; {hint}' if hint else ''}")
+    kind = RejectedError if _is_rejection(root) else BackendError
+    return kind(f"Failed to {action}: {said}{f'; {hint}' if hint else ''}")
+
+
+def _is_rejection(root: BaseException) -> bool:
+    # Data, constraints, limits, and what a trigger raises.
+    state = _sqlstate(root)
+    return type(root).__name__ == "IntegrityError" or (state or "")[:2] in {"22", "23", "54", "P0"}
 
 
 def joined_error(action: str, error: BaseException) -> BackendError | None:

@@ -45,8 +45,13 @@ class Dialect(ABC):
         """The server's clock, None where it is this machine's; BackendError if it is unfit."""
 
     @abstractmethod
-    async def begin(self, connection: AsyncConnection, *, write: bool) -> None:
-        """Begin a transaction in which a later statement sees what committed meanwhile."""
+    async def begin(
+        self, connection: AsyncConnection, *, write: bool, single: bool = False
+    ) -> None:
+        """Begin a transaction in which a later statement sees what committed meanwhile.
+
+        `single`: one statement writes, and may be a transaction by itself.
+        """
 
     @abstractmethod
     async def lend(self, connection: AsyncConnection) -> None:

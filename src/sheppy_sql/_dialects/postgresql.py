@@ -110,12 +110,15 @@ class PostgreSQL(Dialect):
         moment: datetime = now
         return moment
 
-    async def begin(self, connection: AsyncConnection, *, write: bool) -> None:
+    async def begin(
+        self, connection: AsyncConnection, *, write: bool, single: bool = False
+    ) -> None:
         # The engine may belong to the application, whose default may be stricter,
-        # AUTOCOMMIT, or another schema. A lone read needs no BEGIN and COMMIT.
+        # AUTOCOMMIT, or another schema. A lone statement needs no BEGIN and COMMIT.
+        lone = single or not write
         await connection.execution_options(
             isolation_level=(
-                "READ COMMITTED" if write or self._reads_in_transactions else "AUTOCOMMIT"
+                "AUTOCOMMIT" if lone and not self._reads_in_transactions else "READ COMMITTED"
             ),
             schema_translate_map=None,
         )

@@ -74,7 +74,9 @@ class SQLite(Dialect):
             )
         return None
 
-    async def begin(self, connection: AsyncConnection, *, write: bool) -> None:
+    async def begin(
+        self, connection: AsyncConnection, *, write: bool, single: bool = False
+    ) -> None:
         # The driver's own BEGIN would be a deferred one, whose upgrade to a write
         # lock fails at once where another writer came in between.
         await connection.execution_options(isolation_level="AUTOCOMMIT", schema_translate_map=None)
