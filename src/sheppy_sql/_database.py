@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
 from sheppy import BackendError
 from sqlalchemy import Engine
@@ -70,6 +70,8 @@ class Transaction:
     """Whether this was tried before an outage, and may be committed though nobody heard of it."""
     fixed_snapshot: bool = False
     """Whether a later statement may not see what others have committed meanwhile."""
+    is_callers: ClassVar[bool] = False
+    """Whether it goes on after what is done here, so that no setting may be left in it."""
 
     async def rows(self, statement: Executable) -> Sequence[Any]:
         """Rows, with the selected columns as attributes."""

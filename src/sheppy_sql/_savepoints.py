@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ._database import Database
 from ._joined import JoinedTransaction
@@ -12,11 +12,10 @@ from ._joined import JoinedTransaction
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from ._database import Operation
+    from ._database import Transaction
     from ._dialects import Dialect
     from .schema import Tables
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -34,13 +33,17 @@ class SavepointDatabase(Database):
         return False
 
     def _attempt(
-        self, operation: Operation[P, T], write: bool, *args: P.args, **kwargs: P.kwargs
+        self,
+        operation: Callable[[Transaction], Awaitable[T]],
+        *,
+        write: bool,
+        single: bool = False,
     ) -> Callable[[bool], Awaitable[T]]:
         async def attempt(repeated: bool) -> T:
             async with self._turn, self._connection.begin_nested():
                 transaction = JoinedTransaction(
                     self._connection, self.tables, self.dialect, repeated
                 )
-                return await operation(transaction, *args, **kwargs)
+                return await operation(transaction)
 
         return attempt

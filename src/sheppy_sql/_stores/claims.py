@@ -284,7 +284,7 @@ def _finish_in_one(
         .join(given, and_(tasks.c.id == given.c.id, tasks.c.claim_token == given.c.claim_token))
         .where(tasks.c.queue == queue)
     )
-    if lock_timeout is not None:
+    if lock_timeout is not None and not tx.is_callers:
         # Of this statement, which is a transaction by itself: rows are locked once all are found.
         milliseconds = f"{round(lock_timeout * 1000)}ms"
         mine = mine.where(func.set_config("lock_timeout", milliseconds, True) != "")
