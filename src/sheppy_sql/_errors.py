@@ -65,6 +65,7 @@ _HINTS_BY_STATE = {
     "sequence and the schema",
     "25006": "the server is read-only: connect to the primary",
     "53300": "the server has no free connections: raise max_connections or lower pool_size",
+    "55P03": "another transaction holds a lock: end it (pg_stat_activity shows it), then try again",
     "53100": "the server's disk is full: make room",
 }
 
