@@ -68,5 +68,5 @@ def _table_names(prefix: str) -> frozenset[str]:
 def _default_schema() -> str | None:
     try:
         return context.get_context().dialect.default_schema_name
-    except NameError:  # of Alembic's proxy, where it runs no environment
+    except (NameError, AttributeError):  # of Alembic's proxy: before and after an environment
         return None

@@ -51,5 +51,5 @@ def config_in_use() -> Config | None:
     """The configuration of the environment that Alembic runs, None where it runs none."""
     try:
         return context.config
-    except NameError:  # of Alembic's proxy
+    except (NameError, AttributeError):  # of Alembic's proxy: before and after an environment
         return None
