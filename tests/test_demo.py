@@ -151,10 +151,10 @@ def test_demo_fails_where_a_result_goes_missing(
         connection.execute(RESULTS_GO_MISSING)
     connection.close()
 
-    demo = start(spawn, sqlite_database.url, tree, time_limit="5")
+    demo = start(spawn, sqlite_database.url, tree, time_limit="20")
 
     assert demo.wait(LATEST_END) == 1
-    assert demo.stderr.startswith("Error: not finished after 5 s; missing: ")
+    assert demo.stderr.startswith("Error: not finished after 20 s; missing: ")
     assert "package/module_3.py" in demo.stderr
 
 

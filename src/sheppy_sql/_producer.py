@@ -205,10 +205,8 @@ class Producer:
     async def _add(
         self, tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int
     ) -> set[str]:
-        await self._register(tx, queue)
-        if not rows:
-            return set()
         added = await task_store.add(tx, queue, rows, token, PENDING)
+        await self._register(tx, queue)
         return added.now | added.before
 
     async def _put(
@@ -219,12 +217,12 @@ class Producer:
         leases: Mapping[str, int],
         token: int,
     ) -> None:
-        await self._register(tx, queue)
         kept = await schedule_store.lock_leases(tx, queue, leases) if leases else set()
         # A task whose lease is over was taken by another scheduler: it is no longer ours to add.
         rows = [row for row in rows if row.id not in leases or row.id in kept]
         if rows:
             await task_store.put(tx, queue, rows, token, PENDING, promoted=kept)
+        await self._register(tx, queue)
 
     async def _schedule(
         self,
@@ -235,17 +233,18 @@ class Producer:
         unique: bool,
         token: int,
     ) -> bool:
-        await self._register(tx, queue)
         if unique:
             added = await task_store.add(tx, queue, [row], token, SCHEDULED)
-            if not added.now:
-                return bool(added.before)
-        elif not await task_store.put(tx, queue, [row], token, SCHEDULED):
-            return True
-        await schedule_store.put(tx, queue, row.id, run_at)
-        return True
+            is_stored, is_new = bool(added.now or added.before), bool(added.now)
+        else:
+            is_stored, is_new = True, await task_store.put(tx, queue, [row], token, SCHEDULED)
+        if is_new:
+            await schedule_store.put(tx, queue, row.id, run_at)
+        await self._register(tx, queue)
+        return is_stored
 
     async def _register(self, tx: Transaction, queue: str) -> None:
+        # Last: whoever has to wait for a task must not hold up all that are new to the queue.
         if self._registers and queue not in self._known_queues:
             await queue_store.register(tx, queue)
 

@@ -44,7 +44,6 @@ async def finish(
     if not await claim_store.finish(tx, queue, row, token, ttl):
         return False
     for child_queue in sorted({child.queue for child in children}):
-        await queue_store.register(tx, child_queue)
         of_queue = [child for child in children if child.queue == child_queue]
         at_once = [child.row for child in of_queue if child.run_at is None]
         if at_once:
@@ -55,4 +54,5 @@ async def finish(
             added = await task_store.add(tx, child_queue, later, append_token, SCHEDULED)
             for task_id in sorted(added.now):
                 await schedule_store.put(tx, child_queue, task_id, run_at[task_id])
+        await queue_store.register(tx, child_queue)
     return True
