@@ -13,6 +13,7 @@ import pytest
 
 from sheppy_sql import migrate
 from tests.support.databases import TestDatabase
+from tests.test_docs import SYNC_ENVIRONMENT, block
 
 # Seconds; packages may have to be downloaded.
 pytestmark = [pytest.mark.torture, pytest.mark.timeout(600)]
@@ -125,6 +126,23 @@ def test_migrations_are_found_where_they_are(programs: Path, tmp_path: Path) -> 
     assert programs.parent in installed.parents
     assert (installed / "env.py").is_file()
     assert migrate.scripts() == ROOT / "migrations"
+
+
+def test_revisions_of_an_installed_package_are_a_branch(programs: Path, tmp_path: Path) -> None:
+    page = "docs/migrations.md"
+    (tmp_path / "migrations" / "versions").mkdir(parents=True)
+    environment = block(page, SYNC_ENVIRONMENT)
+    url = f'"sqlite:///{(tmp_path / "app.db").as_posix()}"'
+    environment = environment.replace('os.environ["DATABASE_URL"]', url)
+    (tmp_path / "migrations" / "env.py").write_text(environment, "utf-8")
+    settings = block(page, "version_locations", "ini")
+    (tmp_path / "alembic.ini").write_text(
+        f"[alembic]\nscript_location = %(here)s/migrations\n{settings}", "utf-8"
+    )
+    alembic = (programs / "python", "-m", "alembic")
+    said(*alembic, "upgrade", "heads", cwd=tmp_path)
+    assert "sheppy_sql_0002 (head)" in said(*alembic, "current", cwd=tmp_path)
+    assert "No new upgrade operations" in said(*alembic, "check", cwd=tmp_path)
 
 
 def test_installed_package_is_typed(programs: Path, tmp_path: Path) -> None:

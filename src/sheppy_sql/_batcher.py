@@ -36,6 +36,7 @@ class Call(Generic[I, R]):
     item: I
     size: int
     answer: asyncio.Future[R]
+    context: contextvars.Context
 
 
 class Batcher(Generic[I, R]):
@@ -58,7 +59,9 @@ class Batcher(Generic[I, R]):
         No two of the same key are in one batch.
         It may end so although the caller was cancelled.
         """
-        call: Call[I, R] = Call(key, item, size, asyncio.get_running_loop().create_future())
+        call: Call[I, R] = Call(
+            key, item, size, asyncio.get_running_loop().create_future(), contextvars.copy_context()
+        )
         self._waiting.append(call)
         self._go_on()
         try:
@@ -95,8 +98,7 @@ class Batcher(Generic[I, R]):
         self, batch: list[Call[I, R]], ended: Callable[..., None], *, patient: bool
     ) -> asyncio.Task[Sequence[R]] | None:
         try:
-            # Of no caller's context: it is for all of them.
-            work = contextvars.Context().run(self._start, [call.item for call in batch], patient)
+            work = batch[0].context.run(self._start, [call.item for call in batch], patient)
         except Exception as error:  # noqa: BLE001  # it is the callers'
             for call in batch:
                 _fail(call, copy.copy(error))

@@ -13,6 +13,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 UPGRADE_HINT = 'run "sheppy-sql db upgrade --url URL" (or "alembic upgrade head")'
 
+VERSION_HINT = f"{UPGRADE_HINT}, or upgrade sheppy-sql where the tables are the newer ones"
+
 
 class RejectedError(BackendError):
     """The database takes no offence at the call, but at one of the rows in it."""
@@ -68,11 +70,11 @@ _HINTS_BY_STATE = {
     "3D000": "create the database, or correct its name in the URL",
     "42P01": f"tables are missing or another schema is meant: {UPGRADE_HINT}",
     "3F000": f"the schema is missing: {UPGRADE_HINT}",
-    "42703": f"the tables are of another version: {UPGRADE_HINT}",
-    "42501": "grant this user SELECT, INSERT, UPDATE and DELETE on the tables, USAGE on the "
-    "sequence and the schema",
+    "42703": f"the tables are of another version: {VERSION_HINT}",
+    "42501": 'migrate as the owner of the tables; for others it runs "sheppy-sql db grant ROLE"',
     "25006": "the server is read-only: connect to the primary",
     "53300": "the server has no free connections: raise max_connections or lower pool_size",
+    "55P03": "another transaction holds a lock: end it (pg_stat_activity shows it), then try again",
     "53100": "the server's disk is full: make room",
 }
 
@@ -81,7 +83,8 @@ _HINTS_BY_TEXT = {
     "readonly database": "the database file is read-only: check its permissions",
     "unable to open database file": "check that its folder exists and can be written",
     "no such table": f"tables are missing: {UPGRADE_HINT}",
-    "no such column": f"the tables are of another version: {UPGRADE_HINT}",
+    "no such column": f"the tables are of another version: {VERSION_HINT}",
+    "has no column": f"the tables are of another version: {VERSION_HINT}",
     "file is not a database": "the file is something else: check the path in the URL",
     "is locked": "another program holds a long transaction on the file: end it",
     "disk is full": "make room on the disk",
