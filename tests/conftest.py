@@ -182,13 +182,16 @@ def memory_url() -> str:
 async def make_backend(
     database: TestDatabase,
 ) -> AsyncIterator[Callable[..., Awaitable[SqlBackend]]]:
-    """Makes connected backends on the test's database: `await make_backend(ttl=60)`."""
+    """Makes connected backends on the test's database: `await make_backend(ttl=60)`.
+
+    On PostgreSQL they connect as a role that may work with the tables, and nothing more.
+    """
     from sheppy_sql import SqlBackend
 
     async with AsyncExitStack() as stack:
 
         async def make(**options: Any) -> SqlBackend:
-            backend = SqlBackend(database.url, **options)
+            backend = SqlBackend(database.worker_url, **options)
             stack.push_async_callback(backend.disconnect)
             await backend.connect()
             return backend
@@ -206,7 +209,7 @@ async def make_next_backend(
     async with AsyncExitStack() as stack:
 
         async def make(**options: Any) -> NextSqlBackend:
-            backend = NextSqlBackend(database.url, **options)
+            backend = NextSqlBackend(database.worker_url, **options)
             stack.push_async_callback(backend.disconnect)
             await backend.connect()
             return backend

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import sheppy.cli.cli  # what `call` restores  # noqa: F401
 from sheppy import Queue, task
+from sqlalchemy import make_url
 
 from sheppy_sql import migrate
 from sheppy_sql._host import FUNCTION
@@ -379,6 +380,28 @@ class TestTables:
             if sql and sql not in {"BEGIN", "COMMIT"}:
                 await empty_database.execute(sql)
         assert "can work with them" in run("db", "check", *names, *where)
+
+    def test_grant_is_printed_for_names_of_all_kinds(self, run: Run) -> None:
+        said = run("db", "grant", 'W"o', "--sql", "--schema", "Jobs", "--table-prefix", "a b_")
+        lines = said.splitlines()
+        assert lines[0] == 'GRANT USAGE ON SCHEMA "Jobs" TO "W""o";'
+        assert 'SELECT, INSERT, UPDATE, DELETE ON "Jobs"."a b_' in lines[1]
+        read = '"Jobs"."a b_schema", "Jobs"."a b_alembic_version"'
+        assert lines[2] == f'GRANT SELECT ON {read} TO "W""o";'
+        assert lines[3] == 'GRANT USAGE ON SEQUENCE "Jobs"."a b_positions" TO "W""o";'
+
+    def test_grant_needs_roles(
+        self, run: Run, refuse: Run, sqlite_database: TestDatabase, postgres_database: TestDatabase
+    ) -> None:
+        assert "SQLite has no roles" in refuse("db", "grant", "app", "-u", sqlite_database.url)
+        url = ("-u", postgres_database.url)
+        assert "does not exist" in refuse("db", "grant", "nobody there", *url)
+        role = make_url(postgres_database.worker_url).username or ""
+        assert run("db", "grant", role, *url) == f"{role} can work with the tables\n"
+
+    def test_folder_of_the_revisions_is_printed(self, run: Run) -> None:
+        folder = Path(run("db", "revisions").strip())
+        assert (folder / "0001_first_tables.py").is_file()
 
     @pytest.mark.parametrize("command", ["upgrade", "downgrade", "current", "check"])
     def test_sqlite_has_no_schemas(

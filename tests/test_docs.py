@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -18,13 +19,13 @@ import httpx
 import pytest
 import sheppy.cli.cli
 import typer.main
-from sheppy import Queue, Task, task
+from sheppy import BackendError, Queue, Task, task
+from sqlalchemy.ext.asyncio import create_async_engine
 from trustme import CA
 from typer.core import TyperGroup
 
 from sheppy_sql import SqlBackend, _urls, cli, migrate
-from sheppy_sql.schema import SCHEMA_VERSION
-from tests.support import run_worker
+from tests.support import make_worker, run_worker
 from tests.support.databases import TestDatabase
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Spawner, environment
@@ -36,12 +37,21 @@ PAGES = [*GUIDES, "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
 
 # A block of Python is found by a line of it; each has a test below.
 PROGRAM = "async def greet("
-ENGINE = "engine = create_async_engine("
+ENGINE = "\nengine = create_async_engine("
 ROUTER = "app.include_router("
 WORKER = ").work()"
 ROLES = 'schema="sheppy")'
-AUTOGENERATE = "def include_name("
+ASYNC_ENVIRONMENT = "asyncio.run(run_online())"
+SYNC_ENVIRONMENT = "\nengine = create_engine("
+HOOKS = "then=mine,"
 MIDDLEWARE = "middleware=[children_with_result]"
+COMPLETION = "backend.complete(current)"
+FIXTURES = "pytest_plugins ="
+SHOP = "async def place_order("
+ASSERTING = "async def test_order_gets_a_receipt("
+CLOCK = "async def test_label_is_printed_once_the_printer_works("
+UNITTEST = "[receipt] = await drain(queue)\n    print("
+ROLLBACK = "async def test_stored_order_gets_a_receipt("
 # Parts of a proposal: to be read, not run.
 SKETCHES = ("def create_backend(",)
 
@@ -109,7 +119,12 @@ def table(page: str, first_column: str) -> list[list[str]]:
 
 
 def test_every_block_of_python_is_tested_or_a_sketch() -> None:
-    tested = (PROGRAM, ENGINE, ROUTER, WORKER, ROLES, AUTOGENERATE, MIDDLEWARE)
+    tested = (
+        *(FIXTURES, SHOP, ASSERTING, CLOCK, UNITTEST, ROLLBACK),
+        *(COMPLETION,),
+        *(PROGRAM, ENGINE, ROUTER, WORKER, ROLES, MIDDLEWARE),
+        *(ASYNC_ENVIRONMENT, SYNC_ENVIRONMENT, HOOKS),
+    )
     for page in GUIDES:
         for text in blocks(page, "python"):
             compile(text, page, "exec")
@@ -172,15 +187,46 @@ async def test_worker_with_the_middleware_enqueues_a_tasks_children(
     await found["backend"].disconnect()
 
 
+async def test_task_completes_in_its_transaction(
+    database: TestDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = source("docs/transactions.md", COMPLETION, database.url)
+    (tmp_path / "shop.py").write_text(page, "utf-8")
+    # sheppy finds a task by its module.
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "shop", raising=False)
+    shop: Any = importlib.import_module("shop")
+    engine = create_async_engine(database.url)
+    async with engine.begin() as connection:
+        await connection.run_sync(shop.Base.metadata.create_all)
+    await engine.dispose()
+
+    queue, placed = Queue(shop.backend, "orders"), shop.place_order(1, 20)
+    await queue.add(placed)
+    await run_worker(make_worker(shop.backend, "orders"), max_tasks=1)
+    done = await queue.wait_for(placed, timeout=30)
+    assert done is not None
+    assert (done.status, done.result) == ("completed", {"order": 1})
+    assert await database.fetch("SELECT id, total FROM orders") == [(1, 20)]
+    [receipt] = await Queue(shop.backend, "emails").get_pending(10)
+    assert receipt.spec.args[0] == 1
+    await shop.backend.disconnect()
+    del sys.modules["shop"]
+
+
 async def test_two_roles_are_enough_and_the_statements_work(
     private_server: Callable[..., PostgresServer], tmp_path: Path
 ) -> None:
     page, server = "docs/postgresql.md", private_server()
-    admin = await asyncpg.connect(server.url(driver=None))
+    first = await asyncpg.connect(server.url(driver=None))
+    await first.execute("CREATE DATABASE app")
+    await first.close()
+    admin = await asyncpg.connect(server.url("app", driver=None))
     await admin.execute(block(page, "CREATE ROLE", "sql"))
-    migrate.upgrade(server.url(user="app_owner"), schema="sheppy")
+    owner, app = server.url("app", user="app_owner"), server.url("app", user="app")
+    migrate.upgrade(owner, schema="sheppy")
 
-    queue = Queue(names(page, ROLES, server.url(user="app"), tmp_path)["backend"], "emails")
+    queue = Queue(names(page, ROLES, app, tmp_path)["backend"], "emails")
     number = double(1)
     await queue.add(number)
     [popped] = await queue.backend.pop("emails")
@@ -198,69 +244,56 @@ async def test_two_roles_are_enough_and_the_statements_work(
     assert await admin.execute(delete) == "DELETE 1"
     assert await queue.clear() == 0
     await queue.backend.disconnect()
-    position = migrate.current(server.url(user="app"), schema="sheppy")
-    assert position.version is not None
+    assert migrate.current(app, schema="sheppy").version is not None
+    with pytest.raises(BackendError, match=r"must be owner of table .* migrate as the owner"):
+        migrate.downgrade(app, schema="sheppy")
+
+    # The same without default privileges, and in a schema that is not ours alone.
+    migrate.upgrade(owner, schema="sheppy", table_prefix='o"dd ')
+    await admin.execute("REVOKE ALL ON ALL TABLES IN SCHEMA sheppy FROM app")
+    await admin.execute("REVOKE ALL ON ALL SEQUENCES IN SCHEMA sheppy FROM app")
+    statements = migrate.grant_sql("app", schema="sheppy", table_prefix='o"dd ')
+    granted = SqlBackend(app, schema="sheppy", table_prefix='o"dd ')
+    with pytest.raises(BackendError, match="db grant"):
+        await granted.connect()
+    await admin.execute(statements)
+    await granted.connect()
+    assert await granted.append("q", [{"id": "a"}]) == [True]
+    await granted.disconnect()
     await admin.close()
 
 
-async def test_revisions_are_a_branch_of_the_applications_own(
-    empty_database: TestDatabase, tmp_path: Path
-) -> None:
-    page = "docs/postgresql.md"
-    settings = block(page, "version_locations", "ini")
-    ours = "sheppy_sql:migrations/versions"
-    # Only an installed package has them inside; the tests run on a source tree.
-    assert ours in settings
-    settings = settings.replace(ours, str(migrate.scripts() / "versions").replace("%", "%%"))
-    versions = tmp_path / "migrations" / "versions"
-    versions.mkdir(parents=True)
-    (tmp_path / "alembic.ini").write_text(
-        f"[alembic]\nscript_location = %(here)s/migrations\n{settings}", "utf-8"
-    )
-    (versions / "first.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\n"
-        "revision, down_revision, branch_labels = 'first', None, ('app',)\n"
-        "def upgrade(): op.create_table('users', sa.Column('id', sa.Integer, primary_key=True))\n",
+def test_hook_hides_both_installations_and_asks_the_applications(tmp_path: Path) -> None:
+    include = names("docs/migrations.md", HOOKS, "", tmp_path)["include_name"]
+    assert not include("sheppy_tasks", "table", {"schema_name": None})
+    assert not include("jobs_tasks", "table", {"schema_name": "reports"})
+    assert not include("spatial_ref_sys", "table", {"schema_name": None})
+    assert include("users", "table", {"schema_name": None})
+
+
+async def test_examples_of_testing_pass(database: TestDatabase, tmp_path: Path) -> None:
+    page = "docs/testing.md"
+    for name, part in {
+        "conftest.py": FIXTURES,
+        "shop.py": SHOP,
+        "test_asserting.py": ASSERTING,
+        "test_clock.py": CLOCK,
+        "program.py": UNITTEST,
+    }.items():
+        (tmp_path / name).write_text(block(page, part), "utf-8")
+    (tmp_path / "test_rollback.py").write_text(source(page, ROLLBACK, database.url), "utf-8")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
+        "pythonpath = .\nfilterwarnings = error\n",
         "utf-8",
     )
-    (versions.parent / "env.py").write_text(block(page, AUTOGENERATE) + ENVIRONMENT, "utf-8")
-
-    def alembic(*arguments: str) -> str:
-        command = (sys.executable, "-m", "alembic", *arguments)
-        return run(*command, directory=tmp_path, DATABASE_URL=empty_database.url).stdout
-
-    alembic("upgrade", "heads")
-    assert "No new upgrade operations detected" in alembic("check")
-    heads = await empty_database.fetch("SELECT version_num FROM alembic_version")
-    assert sorted(heads) == [("first",), ("sheppy_sql_0002",)]
-    assert migrate.current(empty_database.url) == (None, SCHEMA_VERSION)
-
-
-ENVIRONMENT = """
-import asyncio, os
-from alembic import context
-from sqlalchemy import Column, Integer, MetaData, Table
-from sqlalchemy.ext.asyncio import create_async_engine
-
-metadata = MetaData()
-Table("users", metadata, Column("id", Integer, primary_key=True))
-
-def migrate(connection):
-    context.configure(
-        connection=connection, target_metadata=metadata, include_name=include_name
-    )
-    with context.begin_transaction():
-        context.run_migrations()
-
-async def main():
-    engine = create_async_engine(os.environ["DATABASE_URL"])
-    async with engine.connect() as connection:
-        await connection.run_sync(migrate)
-        await connection.commit()
-    await engine.dispose()
-
-asyncio.run(main())
-"""
+    await database.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY)")
+    ran = run(sys.executable, "-m", "pytest", "-p", "no:xdist", directory=tmp_path)
+    assert "3 passed" in ran.stdout
+    assert await database.fetch("SELECT id FROM orders") == []
+    assert await database.fetch("SELECT id FROM sheppy_results") == []
+    ran = run(sys.executable, "program.py", directory=tmp_path)
+    assert ran.stdout == "receipt of order 1\n"
 
 
 def test_options_table_is_the_signature_and_its_docstring() -> None:

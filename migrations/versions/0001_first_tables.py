@@ -5,7 +5,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from sheppy_sql.migrate import names_in_use
+from sheppy_sql.migrate import create_schema, names_in_use, short_locks
 
 revision = "sheppy_sql_0001"
 down_revision = None
@@ -42,8 +42,10 @@ def moment(name: str, *, nullable: bool = True) -> sa.Column[Any]:
     return sa.Column(name, kind, nullable=nullable)
 
 
+@short_locks
 def upgrade() -> None:
     schema, prefix = names_in_use()
+    create_schema()
     postgresql = op.get_context().dialect.name == "postgresql"
 
     def create(
@@ -210,6 +212,7 @@ def upgrade() -> None:
     )
 
 
+@short_locks
 def downgrade() -> None:
     schema, prefix = names_in_use()
     for name in reversed(TABLES):

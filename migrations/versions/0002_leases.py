@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.sql import quoted_name
 
-from sheppy_sql.migrate import names_in_use
+from sheppy_sql.migrate import add_column, create_index, names_in_use, short_locks
 
 revision = "sheppy_sql_0002"
 down_revision = "sheppy_sql_0001"
@@ -41,6 +41,7 @@ def names() -> tuple[quoted_name | None, str]:
     return None if schema is None else whole(schema), prefix
 
 
+@short_locks
 def upgrade() -> None:
     schema, prefix = names()
 
@@ -48,13 +49,14 @@ def upgrade() -> None:
         constraint = sa.PrimaryKeyConstraint(primary_key, name=f"{prefix}{name}_pkey")
         op.create_table(prefix + name, *columns, constraint, schema=schema)
 
-    op.add_column(
+    # First, as both can be done twice: an index that is built CONCURRENTLY commits.
+    add_column(
         whole(f"{prefix}tasks"),
         sa.Column("crashes", sa.Integer, nullable=False, server_default=sa.text("0")),
         schema=schema,
     )
     suspect = sa.text("state = 'pending' AND crashes > 0")
-    op.create_index(
+    create_index(
         f"{prefix}tasks_suspect",
         f"{prefix}tasks",
         ["queue", "position"],
@@ -90,6 +92,7 @@ def upgrade() -> None:
     stamp(VERSION, OLDEST_CODE)
 
 
+@short_locks
 def downgrade() -> None:
     schema, prefix = names()
     for name in reversed(TABLES):

@@ -9,16 +9,25 @@ import os
 import random
 import secrets
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
 from sheppy import BackendError
 from sqlalchemy import Engine
 from sqlalchemy.pool import StaticPool
 
-from ._errors import Fault, backend_error, fault, is_driver_error, is_starting
+from ._errors import (
+    Fault,
+    LockedError,
+    backend_error,
+    fault,
+    is_driver_error,
+    is_lock_timeout,
+    is_starting,
+)
 from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
@@ -72,6 +81,8 @@ class Transaction:
     """Whether this was tried before an outage, and may be committed though nobody heard of it."""
     fixed_snapshot: bool = False
     """Whether a later statement may not see what others have committed meanwhile."""
+    is_callers: ClassVar[bool] = False
+    """Whether it goes on after what is done here, so that no setting may be left in it."""
 
     async def rows(self, statement: Executable) -> Sequence[Any]:
         """Rows, with the selected columns as attributes."""
@@ -142,19 +153,20 @@ class Database:
         one_at_a_time = _turns(engine, self._loop)
         at_will = contextlib.nullcontext()
         self._write_turn: AbstractAsyncContextManager[Any] = (
-            one_at_a_time if dialect.embedded or self._has_one_connection else at_will
+            one_at_a_time if dialect.embedded or self.has_one_connection else at_will
         )
         self._read_turn: AbstractAsyncContextManager[Any] = (
-            one_at_a_time if self._has_one_connection else at_will
+            one_at_a_time if self.has_one_connection else at_will
         )
 
     @property
     def is_in_memory(self) -> bool:
         """Whether it ends with this process, and no other sees it."""
-        return self.dialect.embedded and self._has_one_connection
+        return self.dialect.embedded and self.has_one_connection
 
     @property
-    def _has_one_connection(self) -> bool:
+    def has_one_connection(self) -> bool:
+        """Whether all transactions take turns on one."""
         return isinstance(self.engine.pool, StaticPool)
 
     @property
@@ -166,6 +178,16 @@ class Database:
     def is_usable(self) -> bool:
         """False after a fork, and once it or its event loop is closed."""
         return self._pid == os.getpid() and not self._closed and not self._loop.is_closed()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is usable, and in the running event loop."""
+        return self.is_usable and asyncio.get_running_loop() is self._loop
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """In which all of this is done."""
+        return self._loop
 
     def check_loop(self) -> None:
         """Raise BackendError in any event loop but the one that connected."""
@@ -183,20 +205,45 @@ class Database:
         An operation is repeated after a conflict or an outage. Where `Transaction.repeated`
         says that it may have been committed already, it must find that out.
         """
-        return await self._outcome(self.start(action, operation, *args, **kwargs))
+        return await self.outcome(self.start(action, operation, *args, **kwargs))
 
     async def read(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """What `operation`, one statement that changes nothing, finds."""
-        attempt = self._attempt(operation, False, *args, **kwargs)
-        return await self._outcome(self._start(action, attempt))
+        attempt = self._attempt(lambda tx: operation(tx, *args, **kwargs), write=False)
+        return await self.outcome(self._start(action, attempt))
 
     def start(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Task[T]:
         """`write` under way, for a caller who must know how it ends though it is cancelled."""
-        return self._start(action, self._attempt(operation, True, *args, **kwargs))
+        self.check_turn(action)
+        attempt = self._attempt(lambda tx: operation(tx, *args, **kwargs), write=True)
+        return self._start(action, attempt)
+
+    def start_statement(
+        self,
+        action: str,
+        operation: Callable[[Transaction], Awaitable[T]],
+        *,
+        patient: bool = True,
+    ) -> asyncio.Task[T]:
+        """`start` for what changes rows by one statement, which needs no BEGIN and COMMIT.
+
+        Unless `patient`, LockedError where the statement's own lock timeout has ended it.
+        """
+        return self._start(
+            action, self._attempt(operation, write=True, single=True), patient=patient
+        )
+
+    def check_turn(self, action: str) -> None:
+        """BackendError where the caller would wait for a transaction of his own."""
+        if self.dialect.embedded and self.engine.url.database == locked_file():
+            raise BackendError(
+                f"Failed to {action}: the transaction in which this task completes has the file, "
+                "and this would wait for it; use Queue(backend.bind(tx)), or wait for its end"
+            )
 
     def give_up(self, work: asyncio.Task[Any]) -> None:
         """Have what is under way not be tried again; its caller is gone."""
@@ -216,17 +263,42 @@ class Database:
         self._closed = True
         await self.drain()
 
-    def _start(self, action: str, attempt: Callable[[bool], Awaitable[T]]) -> asyncio.Task[T]:
+    async def connect(self, action: str, engine: AsyncEngine) -> AsyncConnection:
+        """A connection, as soon as there is one; for the caller to close."""
+        opening = self._start(action, lambda _: _connect(engine))
+        try:
+            return await self.outcome(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._close_unwanted)
+            raise
+
+    def track(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """The work under way: it goes on though nobody waits for it, and `close` waits."""
+        running = self._loop.create_task(work)
+        self._running.add(running)
+        running.add_done_callback(self._forget)
+        return running
+
+    @property
+    def turn(self) -> asyncio.Lock | None:
+        """What must be held by whoever writes on a connection of his own; None where nothing."""
+        return self._write_turn if isinstance(self._write_turn, asyncio.Lock) else None
+
+    def _start(
+        self, action: str, attempt: Callable[[bool], Awaitable[T]], *, patient: bool = True
+    ) -> asyncio.Task[T]:
         self.check_loop()
         if self._closed:
             raise BackendError(f"Failed to {action}: the backend was disconnected meanwhile")
         # A task of its own: a cancelled caller must not cut a commit in half.
-        work = self._loop.create_task(self._retry(action, attempt))
-        self._running.add(work)
-        work.add_done_callback(self._forget)
-        return work
+        return self.track(self._retry(action, attempt, patient=patient))
 
-    async def _outcome(self, work: asyncio.Task[T]) -> T:
+    def _close_unwanted(self, opening: asyncio.Task[AsyncConnection]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.track(opening.result().close())
+
+    async def outcome(self, work: asyncio.Task[T]) -> T:
+        """Of what is under way; a caller who is cancelled waits a moment for it."""
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -241,7 +313,9 @@ class Database:
         if not work.cancelled():
             work.exception()
 
-    async def _retry(self, action: str, attempt: Callable[[bool], Awaitable[T]]) -> T:
+    async def _retry(
+        self, action: str, attempt: Callable[[bool], Awaitable[T]], *, patient: bool
+    ) -> T:
         """The only place that sees a driver's error."""
         conflicts = outages = 0
         gives_up_at = math.inf
@@ -252,6 +326,8 @@ class Database:
             except Exception as error:
                 if not is_driver_error(error):
                     raise
+                if not patient and is_lock_timeout(error):
+                    raise LockedError from None
                 now = self._loop.time()
                 kind = fault(error)
                 if kind is Fault.CONFLICT and conflicts < CONFLICT_ATTEMPTS - 1:
@@ -290,7 +366,11 @@ class Database:
         return self._reached or is_starting(error)
 
     def _attempt(
-        self, operation: Operation[P, T], write: bool, *args: P.args, **kwargs: P.kwargs
+        self,
+        operation: Callable[[Transaction], Awaitable[T]],
+        *,
+        write: bool,
+        single: bool = False,
     ) -> Callable[[bool], Awaitable[T]]:
         """One try at `operation` in a transaction of its own, to be called as often as needed."""
 
@@ -298,9 +378,9 @@ class Database:
             turn = self._write_turn if write else self._read_turn
             async with turn, self.engine.connect() as connection:
                 try:
-                    await self.dialect.begin(connection, write=write)
+                    await self.dialect.begin(connection, write=write, single=single)
                     transaction = Transaction(connection, self.tables, self.dialect, repeated)
-                    outcome = await operation(transaction, *args, **kwargs)
+                    outcome = await operation(transaction)
                     await connection.commit()
                     return outcome
                 except Exception as error:
@@ -310,6 +390,36 @@ class Database:
                     raise
 
         return attempt
+
+
+async def _connect(engine: AsyncEngine) -> AsyncConnection:
+    return await engine.connect()
+
+
+def _no_file() -> None:
+    return None
+
+
+_locked_file: ContextVar[Callable[[], str | None]] = ContextVar(
+    "sheppy_sql_locked_file", default=_no_file
+)
+
+
+def locked_file() -> str | None:
+    """The SQLite file that a transaction of this very task has locked at this moment."""
+    return _locked_file.get()()
+
+
+@contextlib.contextmanager
+def locking(file: Callable[[], str | None]) -> Iterator[None]:
+    """Have `file` tell, in this context, what `locked_file` is."""
+    before = _locked_file.get()
+    _locked_file.set(file)
+    try:
+        yield
+    finally:
+        # Not by its token: whoever is cancelled may end elsewhere.
+        _locked_file.set(before)
 
 
 def _turns(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> asyncio.Lock:

@@ -13,6 +13,16 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 UPGRADE_HINT = 'run "sheppy-sql db upgrade --url URL" (or "alembic upgrade head")'
 
+VERSION_HINT = f"{UPGRADE_HINT}, or upgrade sheppy-sql where the tables are the newer ones"
+
+
+class RejectedError(BackendError):
+    """The database takes no offence at the call, but at one of the rows in it."""
+
+
+class LockedError(Exception):
+    """A statement that was not to wait met a lock; nothing was written."""
+
 
 class TransactionConflictError(BackendError):
     """The caller's transaction met another one's: roll it back and run it again, from its start.
@@ -62,12 +72,12 @@ _HINTS_BY_STATE = {
     "3D000": "create the database, or correct its name in the URL",
     "42P01": f"tables are missing or another schema is meant: {UPGRADE_HINT}",
     "3F000": f"the schema is missing: {UPGRADE_HINT}",
-    "42703": f"the tables are of another version: {UPGRADE_HINT}",
-    "42501": "grant this user SELECT, INSERT, UPDATE and DELETE on the tables, USAGE on the "
-    "sequence and the schema",
+    "42703": f"the tables are of another version: {VERSION_HINT}",
+    "42501": 'migrate as the owner of the tables; for others it runs "sheppy-sql db grant ROLE"',
     "25P02": "roll back the transaction, which an earlier error has ended",
     "25006": "the server is read-only: connect to the primary",
     "53300": "the server has no free connections: raise max_connections or lower pool_size",
+    "55P03": "another transaction holds a lock: end it (pg_stat_activity shows it), then try again",
     "53100": "the server's disk is full: make room",
 }
 
@@ -76,7 +86,8 @@ _HINTS_BY_TEXT = {
     "readonly database": "the database file is read-only: check its permissions",
     "unable to open database file": "check that its folder exists and can be written",
     "no such table": f"tables are missing: {UPGRADE_HINT}",
-    "no such column": f"the tables are of another version: {UPGRADE_HINT}",
+    "no such column": f"the tables are of another version: {VERSION_HINT}",
+    "has no column": f"the tables are of another version: {VERSION_HINT}",
     "file is not a database": "the file is something else: check the path in the URL",
     "is locked": "another program holds a long transaction on the file: end it",
     "disk is full": "make room on the disk",
@@ -117,6 +128,11 @@ def is_driver_error(error: BaseException) -> bool:
     ) or _module(error).startswith(_DRIVERS)
 
 
+def is_lock_timeout(error: BaseException) -> bool:
+    """Whether a statement gave up waiting for a lock, as it was told to."""
+    return _sqlstate(_root(error)) == "55P03"
+
+
 def backend_error(action: str, error: BaseException) -> BackendError:
     """`Failed to <action>: <what the driver said>; <what to do>`, without any payload."""
     root = _root(error)
@@ -125,7 +141,14 @@ def backend_error(action: str, error: BaseException) -> BackendError:
         return BackendError(f"Failed to {action}: the connection to the database was lost")
     said = _said(root)
     hint = _hint(root)
-    return BackendError(f"Failed to {action}: {said}{f'; {hint}' if hint else ''}")
+    kind = RejectedError if _is_rejection(root) else BackendError
+    return kind(f"Failed to {action}: {said}{f'; {hint}' if hint else ''}")
+
+
+def _is_rejection(root: BaseException) -> bool:
+    # Data, constraints, limits, and what a trigger raises.
+    state = _sqlstate(root)
+    return type(root).__name__ == "IntegrityError" or (state or "")[:2] in {"22", "23", "54", "P0"}
 
 
 def joined_error(action: str, error: BaseException) -> BackendError | None:

@@ -42,6 +42,8 @@ _signals: weakref.WeakKeyDictionary[Any, dict[int, AfterCommit]] = weakref.WeakK
 class JoinedTransaction(Transaction):
     """The caller's; what its engine is set to does not change our statements."""
 
+    is_callers = True
+
     async def execute(self, statement: Executable) -> Result:
         return await self.connection.execute(statement, execution_options=AS_WRITTEN)
 

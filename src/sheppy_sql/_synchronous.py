@@ -68,6 +68,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 @dataclass(frozen=True, slots=True)
 class SynchronousTransaction(Transaction):
     connection: Link  # type: ignore[assignment]  # the stores see no more of it than `execute`
+    is_callers = True
 
     async def execute(self, statement: Executable) -> Result:
         return self.connection.execute(statement)

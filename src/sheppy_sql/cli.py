@@ -131,6 +131,29 @@ def downgrade(
 
 
 @db.command()
+def grant(
+    role: Annotated[str, typer.Argument(help="As pg_roles has it")],
+    url: Url = None,
+    schema: Schema = None,
+    table_prefix: TablePrefix = DEFAULT_PREFIX,
+    sql: Annotated[bool, typer.Option("--sql", help="Only print the statements")] = False,
+) -> None:
+    """Let a role work with the tables, and change none; the URL is of the one that owns them."""
+    if sql:
+        statements = migrate.grant_sql(role, schema=schema, table_prefix=table_prefix)
+        typer.echo(statements, nl=False)
+        return
+    migrate.grant(_given(url), role, schema=schema, table_prefix=table_prefix)
+    typer.echo(f"{role} can work with the tables")
+
+
+@db.command()
+def revisions() -> None:
+    """Print the folder of the revisions, for the `version_locations` of your own Alembic."""
+    typer.echo(migrate.scripts() / "versions")
+
+
+@db.command()
 def current(
     url: Url = None, schema: Schema = None, table_prefix: TablePrefix = DEFAULT_PREFIX
 ) -> None:

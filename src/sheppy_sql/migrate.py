@@ -9,14 +9,9 @@ database refuses, ValueError where an argument is wrong.
 
 from __future__ import annotations
 
-import asyncio
 import io
 import os
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from logging.config import fileConfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
@@ -26,12 +21,26 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
 from sheppy import BackendError
-from sqlalchemy import func, inspect, select, text
+from sqlalchemy import func, inspect, select
 from sqlalchemy.schema import CreateSchema
 
-from . import _urls
+from . import _deployments, _urls
+from ._autogenerate import include_name as include_name
+from ._autogenerate import include_object as include_object
 from ._dialects import dialect_named
-from ._errors import backend_error, is_driver_error
+from ._grants import grants
+from ._names import NAMES_ATTRIBUTE
+from ._names import PREFIX_VARIABLE as PREFIX_VARIABLE
+from ._names import SCHEMA_VARIABLE as SCHEMA_VARIABLE
+from ._names import Names as Names
+from ._names import names_from_environment as names_from_environment
+from ._names import names_in_use as names_in_use
+from ._names import use_names as use_names
+from ._revisions import REPEATS_ATTRIBUTE, ensure_schema
+from ._revisions import add_column as add_column
+from ._revisions import create_index as create_index
+from ._revisions import create_schema as create_schema
+from ._revisions import short_locks as short_locks
 from .schema import DEFAULT_PREFIX, build_tables, version_table
 
 if TYPE_CHECKING:
@@ -39,24 +48,10 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+
 T = TypeVar("T")
 
 URL_VARIABLE = "SHEPPY_SQL_URL"
-SCHEMA_VARIABLE = "SHEPPY_SQL_SCHEMA"
-PREFIX_VARIABLE = "SHEPPY_SQL_TABLE_PREFIX"
-CONNECT_TIMEOUT = 10.0  # seconds
-LONGEST_TURN = 120.0  # seconds
-
-_turn = threading.Lock()
-
-_LOCK_KEY = 0x7368_6570_7079  # "sheppy", for pg_advisory_xact_lock
-
-
-class Names(NamedTuple):
-    """Where an installation's tables are."""
-
-    schema: str | None
-    prefix: str
 
 
 class Position(NamedTuple):
@@ -74,7 +69,11 @@ def upgrade(
     table_prefix: str = DEFAULT_PREFIX,
     revision: str = "head",
 ) -> None:
-    """Bring the tables to `revision`; harmless where they are there already."""
+    """Bring the tables to `revision`; harmless where they are there already.
+
+    On PostgreSQL a statement waits for a lock no longer than two seconds, and the migration is
+    then tried again, for a minute. Indexes of tables with rows are built CONCURRENTLY.
+    """
     _run(url, _names(url, schema, table_prefix), lambda config: command.upgrade(config, revision))
 
 
@@ -113,15 +112,49 @@ def current(
     names = _names(url, schema, table_prefix)
     if _is_missing_file(_urls.parse(url)):
         return Position(None, None)
-    look = _connected(
-        url, lambda sync: _position(sync, names), write=False, action="look at the tables"
+    return _deployments.wait(
+        _deployments.connected(
+            url, lambda sync: _position(sync, names), action="look at the tables"
+        )
     )
-    return _wait(look)
+
+
+def grant(
+    url: str | URL,
+    role: str,
+    *,
+    schema: str | None = None,
+    table_prefix: str = DEFAULT_PREFIX,
+) -> None:
+    """Let `role` work with the tables, and nothing more; `url` is of the role that owns them.
+
+    Repeat it after an upgrade, for what is new. ValueError on SQLite, which has no roles.
+    """
+    _check_roles(url)
+
+    def execute(sync: Connection) -> None:
+        here = sync.scalar(select(func.current_schema())) if schema is None else schema
+        kept = inspect(sync).has_table(version_table(table_prefix), schema=schema)
+        for statement in grants(role, Names(here, table_prefix), version_table=kept):
+            sync.exec_driver_sql(statement)
+
+    _deployments.wait(_deployments.connected(url, execute, action="grant rights on the tables"))
+
+
+def grant_sql(role: str, *, schema: str | None = None, table_prefix: str = DEFAULT_PREFIX) -> str:
+    """The statements of `grant`, for those who run them themselves."""
+    return "".join(f"{each};\n" for each in grants(role, Names(schema, table_prefix)))
 
 
 async def upgrade_in(connection: AsyncConnection, names: Names) -> None:
-    """Bring the tables to the newest revision inside the connection's open transaction."""
-    async with _alone():
+    """Bring the tables to the newest revision inside the connection's open transaction.
+
+    So that no index can be built CONCURRENTLY.
+    """
+    if connection.dialect.name == "postgresql":
+        await _deployments.take_turn(connection)
+    await connection.run_sync(_refuse_others, names)
+    async with _deployments.alone():
         await connection.run_sync(
             lambda sync: command.upgrade(_config(names, connection=sync), "head")
         )
@@ -134,22 +167,6 @@ def scripts() -> Path:
     return installed if installed.is_dir() else package.parents[1] / "migrations"
 
 
-def names_in_use() -> Names:
-    """For the revisions: where the tables are that are being migrated."""
-    config = context.config
-    given = config.attributes.get("sheppy_sql_names")
-    if given is not None:
-        return Names(*given)
-    return names_from_environment()
-
-
-def names_from_environment() -> Names:
-    """Where commands, which get a URL at most, find the tables."""
-    return Names(
-        os.environ.get(SCHEMA_VARIABLE) or None, os.environ.get(PREFIX_VARIABLE, DEFAULT_PREFIX)
-    )
-
-
 def run_environment() -> None:
     """What migrations/env.py does: migrate what Alembic was called for."""
     config = context.config
@@ -157,12 +174,13 @@ def run_environment() -> None:
         # Only for Alembic's own command: a program's logging is its own.
         fileConfig(config.config_file_name, disable_existing_loggers=False)
     connection = config.attributes.get("connection")
+    config.attributes[REPEATS_ATTRIBUTE] = True
     if connection is not None:
         _migrate(connection)
     elif context.is_offline_mode():
         _write_sql()
     else:
-        _wait(_connected(_url_in_use(), lambda sync: _migrate(sync)))
+        _deployments.wait(_deployments.migrated(_url_in_use(), _migrate))
 
 
 def _names(url: str | URL, schema: str | None, prefix: str) -> Names:
@@ -174,74 +192,37 @@ def _names(url: str | URL, schema: str | None, prefix: str) -> Names:
     return names
 
 
+def _check_roles(url: str | URL) -> None:
+    if dialect_named(_urls.parse(url).url.get_backend_name()).embedded:
+        raise ValueError("SQLite has no roles: give the file to those who may use it")
+
+
 def _run(url: str | URL, names: Names, action: Callable[[Config], None]) -> None:
-    _wait(_connected(url, lambda sync: action(_config(names, connection=sync))))
-
-
-async def _connected(
-    url: str | URL,
-    operation: Callable[[Connection], T],
-    *,
-    write: bool = True,
-    action: str = "migrate the tables",
-) -> T:
-    """What `operation` returns, once committed."""
-    target = _urls.parse(url)
-    dialect = dialect_named(target.url.get_backend_name())
-    engine = dialect.create_engine(target, pool_size=1, connect_timeout=CONNECT_TIMEOUT)
-    try:
-        async with engine.connect() as connection:
-            await dialect.begin(connection, write=write)
-            async with _alone():
-                outcome = await connection.run_sync(operation)
-            await connection.commit()
-            return outcome
-    except Exception as error:
-        if not is_driver_error(error):
-            raise
-        raise backend_error(action, error) from None
-    finally:
-        await engine.dispose()
-
-
-@asynccontextmanager
-async def _alone() -> AsyncIterator[None]:
-    """Alembic keeps what it is doing in module globals: one migration at a time in a process."""
-    deadline = time.monotonic() + LONGEST_TURN
-    # Not a blocking acquire: whoever holds it may need this event loop to go on.
-    while not _turn.acquire(blocking=False):
-        if time.monotonic() > deadline:
-            raise BackendError("Failed to migrate: another migration in this process does not end")
-        await asyncio.sleep(0.01)
-    try:
-        yield
-    finally:
-        _turn.release()
+    migration = _deployments.migrated(
+        url,
+        lambda sync: action(_config(names, connection=sync)),
+        check=lambda sync: _refuse_others(sync, names),
+    )
+    _deployments.wait(migration)
 
 
 def _migrate(connection: Connection) -> None:
     names = names_in_use()
-    if connection.dialect.name == "postgresql":
-        # Two deployments at once: the second waits, then finds nothing to do.
-        connection.execute(select(func.pg_advisory_xact_lock(_LOCK_KEY)))
-        _make_schema(connection, names.schema)
     context.configure(connection=connection, **_environment(names))
     with context.begin_transaction():
+        if names.schema is not None and connection.dialect.name == "postgresql":
+            ensure_schema(connection, names.schema)
         context.run_migrations()
 
 
-def _make_schema(connection: Connection, schema: str | None) -> None:
-    if schema is None:
-        return
-    found = (
-        select(text("1"))
-        .select_from(text("pg_namespace"))
-        .where(text("nspname = :schema").bindparams(schema=schema))
-    )
-    # Not IF NOT EXISTS, which asks for the right to create even where it exists.
-    if connection.scalar(found) is None:
-        quoted = connection.dialect.identifier_preparer.quote(schema)
-        connection.exec_driver_sql(f"CREATE SCHEMA {quoted}")
+def _refuse_others(connection: Connection, names: Names) -> None:
+    """BackendError where another Alembic environment has made the tables, and so changes them."""
+    position = _position(connection, names)
+    if position.version is not None and position.revision is None:
+        raise BackendError(
+            "Failed to migrate the tables: your own Alembic environment has made them; "
+            'change them there, with "alembic upgrade heads"'
+        )
 
 
 def _position(connection: Connection, names: Names) -> Position:
@@ -292,7 +273,7 @@ def _version_table(names: Names) -> dict[str, Any]:
 def _config(names: Names, output: TextIO | None = None, **attributes: object) -> Config:
     config = Config(output_buffer=output)
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
-    config.attributes.update(attributes, sheppy_sql_names=names)
+    config.attributes.update({**attributes, NAMES_ATTRIBUTE: names})
     return config
 
 
@@ -305,13 +286,3 @@ def _url_in_use() -> str | URL:
             "postgresql+asyncpg://user@localhost/app or sqlite+aiosqlite:///dev.db"
         )
     return url
-
-
-def _wait(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end from synchronous code, be a loop running around it or not."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(asyncio.run, coroutine).result()

@@ -100,7 +100,9 @@ async def test_answers_may_be_lost_again_and_again(
         expected = await case.call(instance, f"calm {case}")
         loss = proxy.lose_answer("COMMIT", times=3, touching=OURS)
         answer = await asyncio.wait_for(case.call(instance, str(case)), PATIENCE)
-        assert (answer, loss.struck) == (expected, 3), case.name
+        # Once where the next try, by looking, finds that the first has done it all.
+        assert (answer, loss.struck) in [(expected, 1), (expected, 3)], case.name
+        loss.times = loss.struck
     found = await stored(database)
     for case in CASES:
         assert found.get(str(case)) == found.get(f"calm {case}"), case.name

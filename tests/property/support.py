@@ -33,7 +33,7 @@ class Backends:
 
     def __init__(self, database: TestDatabase) -> None:
         self._loop = asyncio.new_event_loop()
-        self.both = [SqlBackend(database.url), SqlBackend(database.url)]
+        self.both = [SqlBackend(database.worker_url), SqlBackend(database.worker_url)]
         self.rules = 0
 
     def run(self, call: Awaitable[T]) -> T:

@@ -160,6 +160,8 @@ class Server:
     ) -> None:
         self.origin = origin
         self.prefix = f"sheppy_test_{secrets.token_hex(4)}_"
+        self.worker = f"{self.prefix}worker"
+        self._password = secrets.token_hex(16)
         self._start = start
         self._loop = loop
         self._numbers = itertools.count()
@@ -169,7 +171,16 @@ class Server:
     def create(self, *, migrated: bool) -> URL:
         """The URL of a new database, with our tables or with none."""
         name = f"{self.prefix}{next(self._numbers)}"
-        return self._create(name, self._template if migrated else "template0")
+        url = self._create(name, self._template if migrated else "template0")
+        if migrated:
+            # Neither temporary tables nor anything else that a template does not hand on.
+            self._run(self._execute(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC"))
+            self._run(self._execute(f"GRANT CONNECT ON DATABASE {name} TO {self.worker}"))
+        return url
+
+    def as_worker(self, url: URL) -> URL:
+        """The same database for the role that works with the tables and may nothing else."""
+        return url.set(username=self.worker, password=self._password)
 
     def drop(self, url: URL) -> None:
         """Drop a database, whoever is still connected to it."""
@@ -195,7 +206,12 @@ class Server:
         from sheppy_sql import migrate
 
         url = self._create(f"{self.prefix}template", "template0")
-        migrate.upgrade(url.render_as_string(hide_password=False))
+        self._run(self._execute(f"CREATE ROLE {self.worker} LOGIN PASSWORD '{self._password}'"))
+        migrate.upgrade(url)
+        database = TestDatabase(url.render_as_string(hide_password=False), "postgresql")
+        # As it is from PostgreSQL 15 on.
+        self._run(database.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC"))
+        migrate.grant(url, self.worker)
         return f"{self.prefix}template"
 
     def _create(self, name: str, template: str) -> URL:
@@ -205,14 +221,17 @@ class Server:
 
     def _check(self) -> str:
         """The server's version; NoServerError where it cannot be used."""
-        sql = """SELECT current_setting('server_version'), rolcreatedb OR rolsuper
+        sql = """SELECT current_setting('server_version'), rolcreatedb AND rolcreaterole OR rolsuper
                  FROM pg_roles WHERE rolname = current_user"""
         try:
             [(version, may_create)] = self._run(self._execute(sql))
         except CONNECTION_ERRORS as error:
             raise NoServerError(f"No connection to {self.origin}: {error}") from error
         if not may_create:
-            raise NoServerError(f"No right to create databases on {self.origin}: grant CREATEDB")
+            raise NoServerError(
+                f"No right to create databases and roles on {self.origin}: "
+                "grant CREATEDB and CREATEROLE"
+            )
         return str(version)
 
     async def _execute(self, sql: str) -> list[tuple[Any, ...]]:
@@ -231,7 +250,14 @@ class TestDatabase:
     __test__ = False  # it is no test, whatever its name
 
     url: str
+    """Of the role that owns the tables."""
     dialect: str  # "sqlite" or "postgresql"
+    granted_url: str | None = None
+
+    @property
+    def worker_url(self) -> str:
+        """Of a role that may work with the tables, and nothing more, where there are roles."""
+        return self.granted_url or self.url
 
     async def fetch(self, sql: str, **params: object) -> list[tuple[Any, ...]]:
         """The rows of one statement, run on a connection of its own; `:name` is a parameter."""
@@ -286,7 +312,12 @@ class Databases:
         server = self.servers[server_name]
         url = server.create(migrated=migrated)
         try:
-            yield TestDatabase(url.render_as_string(hide_password=False), "postgresql")
+            granted = server.as_worker(url).render_as_string(hide_password=False)
+            yield TestDatabase(
+                url.render_as_string(hide_password=False),
+                "postgresql",
+                granted if migrated else None,
+            )
         finally:
             server.drop(url)
 

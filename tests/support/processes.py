@@ -84,12 +84,15 @@ def kill_server(data_dir: Path) -> None:
 
 
 async def drop_databases(url: str, prefix: str) -> None:
-    """Drop every database of the server whose name starts with `prefix`."""
+    """Drop every database of the server, then every role, whose name starts with `prefix`."""
     engine = create_async_engine(url, isolation_level="AUTOCOMMIT")
-    names = text("SELECT datname FROM pg_database WHERE starts_with(datname::text, :prefix)")
+    databases = text("SELECT datname FROM pg_database WHERE starts_with(datname::text, :prefix)")
+    roles = text("SELECT rolname FROM pg_roles WHERE starts_with(rolname::text, :prefix)")
     async with engine.connect() as connection:
-        for name in (await connection.execute(names, {"prefix": prefix})).scalars().all():
+        for name in (await connection.execute(databases, {"prefix": prefix})).scalars().all():
             await connection.execute(text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+        for name in (await connection.execute(roles, {"prefix": prefix})).scalars().all():
+            await connection.execute(text(f'DROP ROLE IF EXISTS "{name}"'))
     await engine.dispose()
 
 

@@ -17,6 +17,9 @@ from .postgres import free_port
 LENGTH = struct.Struct("!I")  # of a message, itself included and its type byte not
 CODES = {"encryption": (80877103, 80877104), "cancel": (80877102,)}
 READ = 65_536  # bytes
+COMMIT = "COMMIT"
+WRITES = re.compile(r"\b(?:INSERT INTO|UPDATE|DELETE FROM) ")
+WRITTEN = ("INSERT", "UPDATE", "DELETE")  # how the tags of such statements begin
 
 
 @dataclass
@@ -133,7 +136,8 @@ class Proxy:
     ) -> Loss:
         """Drop the connection in place of the server's word that a command is done.
 
-        `of` is how its tag begins ("COMMIT", "INSERT 0 2", "SELECT"). Only where a statement of
+        `of` is how its tag begins ("COMMIT", "INSERT 0 2", "SELECT"); a lone statement that
+        writes commits as well. Only where a statement of
         the same transaction, itself included, contains the pattern `touching`. `then` is called
         as it happens.
         """
@@ -186,6 +190,8 @@ class _Link:
         self._writers = [writer]
         self._prepared: dict[bytes, str] = {}
         self._statements: list[str] = []  # of the transaction under way
+        self._in_block = False  # between BEGIN and COMMIT
+        self._last: Loss | None = None  # contact is lost once the statement is whole
         self._alone = False  # the client has lost contact
         self.ended = asyncio.ensure_future(self._run())
 
@@ -253,6 +259,11 @@ class _Link:
             buffer += chunk
             for kind, body, message in _messages(buffer):
                 loss = look(kind, body)
+                if loss is not None and loss.way == "contact" and kind == b"B":
+                    # Without its Execute and Sync the server would do nothing.
+                    self._last, loss = loss, None
+                elif kind == b"S" and self._last is not None:
+                    loss, self._last = self._last, None
                 if loss is None:
                     if not self._alone:
                         writer.write(message)
@@ -285,21 +296,29 @@ class _Link:
         if sql is None:
             return None
         self._statements.append(sql)
-        return self._loss(("request", "contact"), sql)
+        commits = not self._in_block and WRITES.search(sql) is not None
+        return self._loss(("request", "contact"), sql, commits=commits)
 
     def _answer(self, kind: bytes, body: bytes) -> Loss | None:
         if kind == b"C":  # CommandComplete: tag
             tag = body[:-1].decode()
-            if tag == "COMMIT":
+            commits = not self._in_block and tag.startswith(WRITTEN)
+            if commits or tag == COMMIT:
                 self._proxy.committed.append(list(self._statements))
-            return self._loss(("answer",), tag)
-        if kind == b"Z" and body == b"I":  # ReadyForQuery, in no transaction
-            self._statements.clear()
+            return self._loss(("answer",), tag, commits=commits)
+        if kind == b"Z":  # ReadyForQuery
+            self._in_block = body != b"I"
+            if not self._in_block:
+                self._statements.clear()
         return None
 
-    def _loss(self, ways: tuple[str, ...], text: str) -> Loss | None:
-        losses = self._proxy._losses
-        return next((each for each in losses if each.strikes(ways, text, self._statements)), None)
+    def _loss(self, ways: tuple[str, ...], text: str, *, commits: bool) -> Loss | None:
+        """`commits`: a statement that is a transaction by itself is its own COMMIT."""
+        texts = (text, COMMIT) if commits else (text,)
+        for loss in self._proxy._losses:
+            if any(loss.strikes(ways, each, self._statements) for each in texts):
+                return loss
+        return None
 
 
 def _messages(buffer: bytearray) -> Iterator[tuple[bytes, bytes, bytes]]:

@@ -94,8 +94,11 @@ def watch_commits(dialect: type[Dialect]) -> None:
     begin, commit = dialect.begin, AsyncConnection.commit
     deadly: WeakKeyDictionary[AsyncConnection, str] = WeakKeyDictionary()
 
-    async def begin_deadly(self: Dialect, connection: AsyncConnection, *, write: bool) -> None:
-        await begin(self, connection, write=write)
+    async def begin_deadly(
+        self: Dialect, connection: AsyncConnection, *, write: bool, single: bool = False
+    ) -> None:
+        # A statement that commits by itself has no moment before its commit; here it gets one.
+        await begin(self, connection, write=write, single=False)
         moment = commits.get()
         if write and moment is not None:
             deadly[connection] = moment

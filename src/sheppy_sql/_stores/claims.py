@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import Integer, delete, literal_column, null, select, update
+from sqlalchemy import (
+    BigInteger,
+    Float,
+    Integer,
+    Interval,
+    Text,
+    and_,
+    delete,
+    func,
+    literal,
+    literal_column,
+    null,
+    select,
+    update,
+)
 
-from ..schema import CLAIMED, IDLE, PENDING, SCHEDULED
+from ..schema import CLAIMED, IDLE, PENDING, SCHEDULED, Timestamp
 from . import consumers as consumer_store
 from . import results as result_store
 from . import scheduled as schedule_store
@@ -16,15 +31,25 @@ from . import tasks as task_store
 from ._common import UNCLAIMED, among, in_order
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from sqlalchemy import ColumnElement, Select, Update
+    from sqlalchemy.sql.dml import ReturningInsert
 
     from .._database import Transaction
+    from .._dialects.base import Columns
     from .._payloads import TaskRow
 
 MOST_STALE = 1000
 """Claims that one call takes over, the host's number."""
+
+
+class Ended(NamedTuple):
+    """A task that ran to its end under a claim."""
+
+    row: TaskRow
+    token: int
+    ttl: float | None
+    """Seconds to keep it; None for ever."""
+
 
 # A literal, like the states: a partial index has it in its predicate.
 NONE = literal_column("0", Integer)
@@ -195,6 +220,107 @@ async def finish(
         return tx.repeated and await result_store.is_of_claim(tx, queue, row.id, token)
     await result_store.put(tx, queue, row, token, ended[0].append_token, ttl)
     return True
+
+
+async def has_finished(tx: Transaction, queue: str, task_id: str, token: int) -> bool:
+    """Whether a claim ended in a result; waits for a transaction that is about to end it."""
+    tasks = tx.tables.tasks
+    claimed = select(1).where(
+        tasks.c.queue == queue, tasks.c.id == task_id, tasks.c.claim_token == token
+    )
+    if await tx.scalar(claimed.with_for_update()) is not None:
+        return False
+    return await result_store.is_of_claim(tx, queue, task_id, token)
+
+
+async def finish_all(
+    tx: Transaction, queue: str, ended: Sequence[Ended], *, lock_timeout: float | None = None
+) -> list[bool]:
+    """`finish` for many tasks, each under a claim of its own; an id occurs once.
+
+    With a lock timeout, in seconds, it fails where a row is locked for longer.
+    """
+    if tx.dialect.embedded:
+        stored = await _finish_in_two(tx, queue, ended)
+    else:
+        statement = _finish_in_one(tx, queue, ended, lock_timeout)
+        stored = {row.id for row in await tx.rows(statement)}
+    if tx.repeated and len(stored) < len(ended):
+        missing = {one.row.id: one.token for one in ended if one.row.id not in stored}
+        stored |= await result_store.of_claims(tx, queue, missing)
+    return [one.row.id in stored for one in ended]
+
+
+async def _finish_in_two(tx: Transaction, queue: str, ended: Sequence[Ended]) -> set[str]:
+    """The ids of the tasks that were moved to the results."""
+    tasks = tx.tables.tasks
+    mine = _held(tx, queue, {one.row.id: one.token for one in ended})
+    gone = delete(tasks).where(*mine).returning(tasks.c.id, tasks.c.append_token)
+    append_tokens = {row.id: row.append_token for row in await tx.rows(gone)}
+    moved = [one for one in ended if one.row.id in append_tokens]
+    if moved:
+        clock = datetime.now(timezone.utc)  # which is the database's
+        ends = [None if one.ttl is None else clock + timedelta(seconds=one.ttl) for one in moved]
+        tokens = [append_tokens[one.row.id] for one in moved]
+        more: Columns = {"append_token": (BigInteger(), tokens), "expires_at": (Timestamp(), ends)}
+        item = tx.dialect.unnest({**_columns(moved), **more})
+        insertion = result_store.insert_all(
+            tx, queue, item, append_token=item.c.append_token, expires_at=item.c.expires_at
+        )
+        await tx.execute(insertion)
+    return set(append_tokens)
+
+
+def _finish_in_one(
+    tx: Transaction, queue: str, ended: Sequence[Ended], lock_timeout: float | None
+) -> ReturningInsert[Any]:
+    """The statement that moves tasks to the results, and returns their ids."""
+    tasks = tx.tables.tasks
+    ttl = {"ttl": (Float(), [one.ttl for one in ended])}
+    item = tx.dialect.unnest({**_columns(ended), **ttl})
+    given = select(item).cte("given").prefix_with("MATERIALIZED")
+    mine = (
+        select(tasks.c.id)
+        .join(given, and_(tasks.c.id == given.c.id, tasks.c.claim_token == given.c.claim_token))
+        .where(tasks.c.queue == queue)
+    )
+    if lock_timeout is not None and not tx.is_callers:
+        # Of this statement, which is a transaction by itself: rows are locked once all are found.
+        milliseconds = f"{round(lock_timeout * 1000)}ms"
+        mine = mine.where(func.set_config("lock_timeout", milliseconds, True) != "")
+    locked = (
+        mine.order_by(tasks.c.id)
+        .with_for_update(of=tasks)
+        .cte("locked")
+        .prefix_with("MATERIALIZED")
+    )
+    gone = (
+        delete(tasks)
+        .where(tasks.c.queue == queue, tasks.c.id == locked.c.id)
+        .returning(tasks.c.id, tasks.c.append_token)
+        .cte("gone")
+    )
+    moved = given.join(gone, gone.c.id == given.c.id)
+    insertion = result_store.insert_all(
+        tx,
+        queue,
+        given,
+        moved,
+        append_token=gone.c.append_token,
+        expires_at=tx.dialect.now() + given.c.ttl * literal(timedelta(seconds=1), Interval),
+    )
+    return insertion.returning(tx.tables.results.c.id)
+
+
+def _columns(ended: Sequence[Ended]) -> Columns:
+    rows = [one.row for one in ended]
+    return {
+        "id": (Text(), [row.id for row in rows]),
+        "payload": (Text(), [row.payload for row in rows]),
+        "status": (Text(), [row.status for row in rows]),
+        "func": (Text(), [row.func for row in rows]),
+        "claim_token": (BigInteger(), [one.token for one in ended]),
+    }
 
 
 async def set_aside(

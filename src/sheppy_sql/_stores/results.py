@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Text, delete, literal, null, select, tuple_
+from sqlalchemy import Text, delete, literal, null, select, true, tuple_
 
 from ._common import among, is_held, unexpired
 
 if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, FromClause
+    from sqlalchemy.dialects.postgresql import Insert as PostgreSQLInsert
+    from sqlalchemy.dialects.sqlite import Insert as SQLiteInsert
+
     from .._database import Transaction
     from .._payloads import TaskRow
 
@@ -41,6 +45,47 @@ async def put(
     await tx.execute(
         statement.on_conflict_do_update(index_elements=[results.c.queue, results.c.id], set_=values)
     )
+
+
+def insert_all(
+    tx: Transaction,
+    queue: str,
+    item: FromClause,
+    source: FromClause | None = None,
+    *,
+    append_token: ColumnElement[int | None],
+    expires_at: ColumnElement[Any],
+) -> PostgreSQLInsert | SQLiteInsert:
+    """The statement that does what `put` does for many, whose columns are those of `item`.
+
+    `source`: where they come from, if from more than `item`.
+    """
+    results = tx.tables.results
+    values = {
+        "queue": literal(queue, Text),
+        **{name: item.c[name] for name in ("id", "payload", "status", "func", "claim_token")},
+        "append_token": append_token,
+        "finished_at": tx.dialect.now(),
+        "expires_at": expires_at,
+    }
+    rows = select(*values.values()).select_from(item if source is None else source)
+    # WHERE: or SQLite takes the ON of the conflict for one of a join.
+    insertion = tx.dialect.insert(results).from_select(
+        list(values), rows.where(true()).order_by(item.c.id)
+    )
+    changes = {name: insertion.excluded[name] for name in values if name not in {"queue", "id"}}
+    return insertion.on_conflict_do_update(
+        index_elements=[results.c.queue, results.c.id], set_=changes
+    )
+
+
+async def of_claims(tx: Transaction, queue: str, claims: Mapping[str, int]) -> set[str]:
+    """Those of the ids whose results were stored under their claims, tokens by id."""
+    results = tx.tables.results
+    stored = select(results.c.id, results.c.claim_token).where(
+        results.c.queue == queue, among(tx, results.c.id, sorted(claims))
+    )
+    return {row.id for row in await tx.rows(stored) if row.claim_token == claims[row.id]}
 
 
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:

@@ -1,0 +1,131 @@
+"""Results that are stored at a time go together, and none is the others' business."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from sheppy import BackendError
+from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from sheppy_sql import SqlBackend
+from tests.contract.tasks import FUTURE, MakeBackend, make_task
+from tests.support.databases import TestDatabase
+
+QUEUE = "test"
+COUNT = 100
+IDS = [f"task {number:03}" for number in range(COUNT)]
+
+REFUSE = {
+    "sqlite": [
+        """CREATE TRIGGER refuse BEFORE INSERT ON sheppy_results WHEN NEW.id = 'task 042'
+           BEGIN SELECT RAISE(ABORT, 'refused'); END"""
+    ],
+    "postgresql": [
+        """CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+           $$ BEGIN RAISE EXCEPTION 'refused'; END $$""",
+        """CREATE TRIGGER refuse BEFORE INSERT ON sheppy_results FOR EACH ROW
+           WHEN (NEW.id = 'task 042') EXECUTE FUNCTION refuse()""",
+    ],
+}
+
+
+def done(task: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**task, "status": "completed", "finished_at": FUTURE.isoformat(), **changes}
+
+
+async def take_all(backend: SqlBackend) -> list[dict[str, Any]]:
+    await backend.append(QUEUE, [make_task(task_id) for task_id in IDS])
+    return await backend.pop(QUEUE, COUNT)
+
+
+async def test_results_of_a_moment_share_a_few_statements(backend: SqlBackend) -> None:
+    tasks = await take_all(backend)
+    statements: list[str] = []
+    engine = backend._connected.database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    await asyncio.gather(*(backend.store_result(QUEUE, done(task, result=1)) for task in tasks))
+    assert len([one for one in statements if "sheppy_results" in one]) < COUNT / 10
+    stored = await backend.get_results(QUEUE, IDS)
+    assert stored == {task["id"]: done(task, result=1) for task in tasks}
+    assert await backend.get_stats(QUEUE) == {"pending": 0, "completed": COUNT, "scheduled": 0}
+
+
+async def test_bad_result_fails_alone(backend: SqlBackend, database: TestDatabase) -> None:
+    tasks = await take_all(backend)
+    engine = create_async_engine(database.url)
+    async with engine.begin() as connection:
+        for statement in REFUSE[database.dialect]:
+            await connection.execute(text(statement))
+    await engine.dispose()
+    outcomes = await asyncio.gather(
+        *(backend.store_result(QUEUE, done(task)) for task in tasks), return_exceptions=True
+    )
+    failed = {
+        task["id"]: error for task, error in zip(tasks, outcomes, strict=True) if error is not True
+    }
+    assert list(failed) == ["task 042"]
+    assert isinstance(failed["task 042"], BackendError)
+    assert set(await backend.get_results(QUEUE, IDS)) == set(IDS) - {"task 042"}
+
+
+async def test_row_that_somebody_has_locked_holds_up_no_other_result(
+    postgres_database: TestDatabase,
+) -> None:
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    tasks = await take_all(backend)
+    engine = create_async_engine(postgres_database.url)
+    async with engine.connect() as connection:
+        await connection.execute(
+            text("SELECT 1 FROM sheppy_tasks WHERE id = 'task 042' FOR UPDATE")
+        )
+        storing = {
+            task["id"]: asyncio.create_task(backend.store_result(QUEUE, done(task)))
+            for task in tasks
+        }
+        held = storing.pop("task 042")
+        assert all(await asyncio.wait_for(asyncio.gather(*storing.values()), 20))
+        assert not held.done()
+        await connection.rollback()
+        assert await asyncio.wait_for(held, 20)
+    await engine.dispose()
+    assert set(await backend.get_results(QUEUE, IDS)) == set(IDS)
+    await backend.disconnect()
+
+
+async def test_cancelled_caller_leaves_the_others_alone(backend: SqlBackend) -> None:
+    tasks = await take_all(backend)
+    storing = [asyncio.create_task(backend.store_result(QUEUE, done(task))) for task in tasks]
+    await asyncio.sleep(0)
+    for one in storing[::3]:
+        one.cancel()
+    outcomes = await asyncio.gather(*storing, return_exceptions=True)
+    kept = [task["id"] for task, outcome in zip(tasks, outcomes, strict=True) if outcome is True]
+    assert len(kept) >= COUNT / 2
+    assert set(kept) <= set(await backend.get_results(QUEUE, IDS))
+
+
+async def test_two_results_of_one_task_are_stored_in_turn(backend: SqlBackend) -> None:
+    await backend.append(QUEUE, [make_task("one"), make_task("other")])
+    one, other = await backend.pop(QUEUE, 2)
+    await asyncio.gather(
+        *(backend.store_result(QUEUE, done(task)) for task in (other, one, one, other))
+    )
+    assert set(await backend.get_results(QUEUE, ["one", "other"])) == {"one", "other"}
+    assert await backend.get_stats(QUEUE) == {"pending": 0, "completed": 2, "scheduled": 0}
+
+
+async def test_disconnect_stores_what_it_was_given(make_backend: MakeBackend) -> None:
+    backend, other = await make_backend(), await make_backend()
+    tasks = await take_all(backend)
+    storing = [asyncio.create_task(backend.store_result(QUEUE, done(task))) for task in tasks]
+    await asyncio.sleep(0)
+    await backend.disconnect()
+    outcomes = await asyncio.gather(*storing, return_exceptions=True)
+    told = {task["id"] for task, outcome in zip(tasks, outcomes, strict=True) if outcome is True}
+    stored = set(await other.get_results(QUEUE, IDS))
+    # Nobody was told of a result that is not there, and what is not there can be taken again.
+    assert told <= stored
+    assert {task["id"] for task in await other.pop(QUEUE, COUNT)} == set(IDS) - stored
