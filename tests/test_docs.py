@@ -30,6 +30,7 @@ from tests.support.databases import TestDatabase
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Spawner, environment
 from tests.support.urls import no_defaults as no_defaults
+from tests.transactions.applications import engine_url
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
@@ -46,6 +47,8 @@ SYNC_ENVIRONMENT = "\nengine = create_engine("
 HOOKS = "then=mine,"
 MIDDLEWARE = "middleware=[children_with_result]"
 COMPLETION = "backend.complete(current)"
+DJANGO = "from django.db import connection, transaction"
+SQLALCHEMY = "with Session(engine) as session"
 FIXTURES = "pytest_plugins ="
 SHOP = "async def place_order("
 ASSERTING = "async def test_order_gets_a_receipt("
@@ -121,7 +124,7 @@ def table(page: str, first_column: str) -> list[list[str]]:
 def test_every_block_of_python_is_tested_or_a_sketch() -> None:
     tested = (
         *(FIXTURES, SHOP, ASSERTING, CLOCK, UNITTEST, ROLLBACK),
-        *(COMPLETION,),
+        *(COMPLETION, DJANGO, SQLALCHEMY),
         *(PROGRAM, ENGINE, ROUTER, WORKER, ROLES, MIDDLEWARE),
         *(ASYNC_ENVIRONMENT, SYNC_ENVIRONMENT, HOOKS),
     )
@@ -212,6 +215,46 @@ async def test_task_completes_in_its_transaction(
     assert receipt.spec.args[0] == 1
     await shop.backend.disconnect()
     del sys.modules["shop"]
+
+
+@pytest.mark.parametrize("part", [DJANGO, SQLALCHEMY])
+async def test_synchronous_programs_enqueue_with_their_orders(
+    part: str, database: TestDatabase, backend: SqlBackend, spawn: Spawner, tmp_path: Path
+) -> None:
+    url = engine_url(database).render_as_string(hide_password=False)
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "models.py").write_text("from examples.django_shop.shop import Order\n", "utf-8")
+    (shop / "tables.py").write_text("from examples.flask_shop.shop import Base, Order\n", "utf-8")
+    (shop / "tasks.py").write_text(RECEIPTS, "utf-8")
+    (shop / "__init__.py").touch()
+    setup = DJANGO_SETUP if part == DJANGO else SQLALCHEMY_SETUP
+    program = f"{source('docs/transactions.md', part, url)}\n{setup}\nprint(place_order(7))\n"
+    env = {"DATABASE_URL": url, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    first = "import examples.django_shop.shop\n" if part == DJANGO else ""
+    child = spawn.script(first + program, env=env)
+    assert child.wait() == 0, child.report()
+    queue, receipt = Queue(backend, "emails"), child.stdout.strip()
+    assert [str(task.id) for task in await queue.get_pending()] == [receipt]
+    assert await database.fetch("SELECT total FROM orders") == [(7,)]
+
+
+RECEIPTS = """
+from sheppy import task
+
+@task
+async def send_receipt(order_id: int) -> str:
+    return f"sent for {order_id}"
+"""
+DJANGO_SETUP = """
+with connection.schema_editor() as editor:
+    editor.create_model(Order)
+assert get_receipt.__annotations__ == {"task_id": str, "return": str | None}
+"""
+SQLALCHEMY_SETUP = """
+from shop.tables import Base
+Base.metadata.create_all(engine)
+"""
 
 
 async def test_two_roles_are_enough_and_the_statements_work(
@@ -375,8 +418,9 @@ def test_urls_are_accepted(page: str, tmp_path: Path) -> None:
     CA().cert_pem.write_to_path(str(root))
     for line in code(page):
         for url in URL.findall(re.sub(r"(?<=sslrootcert=)/[^\s`]+", str(root), line)):
-            # Neither an example of a scheme alone, nor one with a variable in it.
-            if not re.search(r"://$|\.\.\.|\$", url):
+            # Neither an example of a scheme alone, nor one with a variable in it, nor one for a
+            # synchronous engine of the application's.
+            if not re.search(r"://$|\.\.\.|\$|\+psycopg:", url):
                 _urls.parse(url)
 
 
