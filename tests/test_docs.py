@@ -23,7 +23,7 @@ import typer.main
 from sheppy import Queue, Task, task
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from trustme import CA
 from typer.core import TyperGroup
 
@@ -52,18 +52,25 @@ PAGES = [*GUIDES, "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
 
 # A block of Python is found by a line of it; each has a test below.
 PROGRAM = "async def greet("
-ENGINE = "engine = create_async_engine("
+ENGINE = "\nengine = create_async_engine("
 ROUTER = "app.include_router("
 WORKER = ").work()"
 ROLES = 'schema="sheppy")'
 AUTOGENERATE = "def include_name("
 MIDDLEWARE = "middleware=[children_with_result]"
 CHECKOUT = "async def check_out("
-SHOP = "class Order("
+BINDING = "database = create_async_engine("
 CONNECTION = "async def import_order("
 ROUTE = '@app.post("/orders/{order_id}"'
 WAITING = "async def place_and_wait("
 CONFLICTS = "except TransactionConflictError"
+COMPLETION = "backend.complete(current)"
+FIXTURES = "pytest_plugins ="
+SHOP = "async def place_order(queue"
+ASSERTING = "async def test_order_gets_a_receipt("
+CLOCK = "async def test_label_is_printed_once_the_printer_works("
+UNITTEST = "[receipt] = await drain(queue)\n    print("
+ROLLBACK = "async def test_stored_order_gets_a_receipt("
 # Parts of a proposal: to be read, not run.
 SKETCHES = ("def create_backend(",)
 
@@ -131,8 +138,11 @@ def table(page: str, first_column: str) -> list[list[str]]:
 
 
 def test_every_block_of_python_is_tested_or_a_sketch() -> None:
-    tested = {PROGRAM, ENGINE, ROUTER, WORKER, ROLES, AUTOGENERATE, MIDDLEWARE}
-    tested |= {CHECKOUT, SHOP, CONNECTION, ROUTE, WAITING, CONFLICTS}
+    tested = (
+        *(PROGRAM, ENGINE, ROUTER, WORKER, ROLES, AUTOGENERATE, MIDDLEWARE),
+        *(FIXTURES, SHOP, ASSERTING, CLOCK, UNITTEST, ROLLBACK),
+        *(COMPLETION, CHECKOUT, BINDING, CONNECTION, ROUTE, WAITING, CONFLICTS),
+    )
     for page in GUIDES:
         for text in blocks(page, "python"):
             compile(text, page, "exec")
@@ -203,7 +213,7 @@ async def shop(
     database: TestDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Any]:
     """The module that the blocks on transactions import, with its table."""
-    (tmp_path / "shop.py").write_text(source(TRANSACTIONS, SHOP, database.url), "utf-8")
+    (tmp_path / "shop.py").write_text(source(TRANSACTIONS, BINDING, database.url), "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "shop", raising=False)
     shop = importlib.import_module("shop")
@@ -226,9 +236,9 @@ async def check_orders(shop: Any, *order_ids: int) -> None:
 async def test_order_and_its_task_are_stored_together(
     shop: Any, database: TestDatabase, tmp_path: Path
 ) -> None:
-    await shop.place_order(1)
+    await shop.take_order(1)
     with pytest.raises(IntegrityError):
-        await shop.place_order(1)
+        await shop.take_order(1)
     await check_orders(shop, 1)
     import_order = names(TRANSACTIONS, CONNECTION, "", tmp_path)["import_order"]
     async with shop.database.connect() as connection:
@@ -276,6 +286,33 @@ async def test_transaction_that_met_another_is_run_again(
     await names(TRANSACTIONS, CONFLICTS, "", tmp_path)["place_strictly"](1)
     assert len(bound) == 2
     await check_orders(shop, 1)
+
+
+async def test_task_completes_in_its_transaction(
+    database: TestDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = source("docs/transactions.md", COMPLETION, database.url)
+    (tmp_path / "shop.py").write_text(page, "utf-8")
+    # sheppy finds a task by its module.
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "shop", raising=False)
+    shop: Any = importlib.import_module("shop")
+    engine = create_async_engine(database.url)
+    async with engine.begin() as connection:
+        await connection.run_sync(shop.Base.metadata.create_all)
+    await engine.dispose()
+
+    queue, placed = Queue(shop.backend, "orders"), shop.place_order(1, 20)
+    await queue.add(placed)
+    await run_worker(make_worker(shop.backend, "orders"), max_tasks=1)
+    done = await queue.wait_for(placed, timeout=30)
+    assert done is not None
+    assert (done.status, done.result) == ("completed", {"order": 1})
+    assert await database.fetch("SELECT id, total FROM orders") == [(1, 20)]
+    [receipt] = await Queue(shop.backend, "emails").get_pending(10)
+    assert receipt.spec.args[0] == 1
+    await shop.backend.disconnect()
+    del sys.modules["shop"]
 
 
 async def test_two_roles_are_enough_and_the_statements_work(
@@ -367,6 +404,31 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+async def test_examples_of_testing_pass(database: TestDatabase, tmp_path: Path) -> None:
+    page = "docs/testing.md"
+    for name, part in {
+        "conftest.py": FIXTURES,
+        "shop.py": SHOP,
+        "test_asserting.py": ASSERTING,
+        "test_clock.py": CLOCK,
+        "program.py": UNITTEST,
+    }.items():
+        (tmp_path / name).write_text(block(page, part), "utf-8")
+    (tmp_path / "test_rollback.py").write_text(source(page, ROLLBACK, database.url), "utf-8")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
+        "pythonpath = .\nfilterwarnings = error\n",
+        "utf-8",
+    )
+    await database.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY)")
+    ran = run(sys.executable, "-m", "pytest", "-p", "no:xdist", directory=tmp_path)
+    assert "3 passed" in ran.stdout
+    assert await database.fetch("SELECT id FROM orders") == []
+    assert await database.fetch("SELECT id FROM sheppy_results") == []
+    ran = run(sys.executable, "program.py", directory=tmp_path)
+    assert ran.stdout == "receipt of order 1\n"
 
 
 def test_options_table_is_the_signature_and_its_docstring() -> None:

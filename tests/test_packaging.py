@@ -31,6 +31,22 @@ async def waiting() -> int:
     position: migrate.Position = migrate.current("sqlite:///dev.db")
     return position.version or (await backend.list_queues())["emails"]
 """
+TESTS = """
+import asyncio
+from sheppy import task
+from sheppy_sql.testing import assert_enqueued, drain
+
+@task
+async def double(number: int) -> int:
+    return 2 * number
+
+def test_doubling(sheppy_queue):
+    async def main():
+        await sheppy_queue.add(double(21))
+        await assert_enqueued(sheppy_queue, double(21))
+        assert [task.result for task in await drain(sheppy_queue)] == [42]
+    asyncio.run(main())
+"""
 MISTAKE = 'SqlBackend("sqlite://", ttl="a day")\n'
 
 
@@ -73,7 +89,9 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     builder = venv.EnvBuilder(with_pip=True)
     builder.create(directory)
     programs = directory / ("Scripts" if os.name == "nt" else "bin")
-    said(programs / "python", *PIP, "install", "--no-compile", wheel, "mypy", cwd=directory)
+    said(
+        programs / "python", *PIP, "install", "--no-compile", wheel, "mypy", "pytest", cwd=directory
+    )
     return programs
 
 
@@ -81,10 +99,11 @@ def test_wheel_holds_the_package_and_its_migrations_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     revisions = [f.relative_to(ROOT).as_posix() for f in ROOT.glob("migrations/versions/*.py")]
     assert revisions
-    expected = ["migrations/env.py", "py.typed", "cli.py", *revisions]
+    testing = ("testing/__init__.py", "testing/fixtures.py")
+    expected = ["migrations/env.py", "py.typed", "cli.py", *testing, *revisions]
     assert not {f"sheppy_sql/{name}" for name in expected} - set(names)
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"sheppy_sql"}
-    assert not [name for name in names if "/test" in name or "__pycache__" in name]
+    assert not [name for name in names if "/test_" in name or "__pycache__" in name]
 
 
 def test_installed_command_makes_and_checks_the_tables(
@@ -115,3 +134,10 @@ def test_installed_package_is_typed(programs: Path, tmp_path: Path) -> None:
     done = outcome(*mypy, "right.py", "wrong.py", cwd=tmp_path)
     assert 'wrong.py:12: error: Argument "ttl" to "SqlBackend"' in done.stdout
     assert "Found 1 error in 1 file (checked 2 source files)" in done.stdout
+
+
+def test_fixtures_need_pytest_and_nothing_else(programs: Path, tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["sheppy_sql.testing.fixtures"]\n')
+    (tmp_path / "test_doubling.py").write_text(TESTS)
+    pytest_command = (programs / "python", "-m", "pytest", "-q", "-W", "error", ".")
+    assert "1 passed" in said(*pytest_command, cwd=tmp_path)

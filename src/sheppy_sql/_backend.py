@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
-from sheppy import BackendError, Queue
+from sheppy import BackendError, Queue, Task
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 
@@ -16,6 +18,7 @@ from . import _unit, _urls
 from ._bound import BoundBackend
 from ._calls import Calls
 from ._claims import Claims
+from ._completion import Completion
 from ._options import DEFAULT_MAX_PAYLOAD_BYTES, DEFAULT_TTL, INHERIT, Options
 from ._payloads import Payload
 from ._session import Session
@@ -165,6 +168,32 @@ class SqlBackend(Calls):
         """
         return BoundBackend(session, connect=self._session_now)
 
+    @asynccontextmanager
+    async def complete(self, task: Task, queue: str | None = None) -> AsyncIterator[Completion]:
+        """The transaction in which a running task completes: its rows, its result, its end.
+
+            async with backend.complete(current) as tx:
+                tx.add(Order(..))
+                tx.set_result("ordered")
+
+        `tx` is an AsyncSession. Leaving the block, or `await tx.commit()`, commits it once: what
+        was written through it, the task's result and the end of its claim together. Raising
+        inside rolls all of it back. What sheppy's worker says of the task afterwards, such as that
+        it failed, changes nothing.
+
+        Args:
+            task: The task that is running, from its function's `current: Task = CURRENT_TASK`.
+            queue: Its queue's name; only needed where tasks of several queues have one id.
+
+        Raises:
+            BackendError: The task is not running here, it was retried, cleared or taken over
+                meanwhile, or it has completed before.
+            ValueError: `task` is no Task, or `queue` is needed.
+        """
+        session = await self._session_now()
+        async with session.completer.complete(task, queue) as completion:
+            yield completion
+
     async def pop(
         self, queue_name: str, limit: int = 1, timeout: float | None = None
     ) -> list[Payload]:
@@ -262,6 +291,12 @@ class SqlBackend(Calls):
         if self._claims_pid != os.getpid():
             self._claims, self._claims_pid = Claims(), os.getpid()
         self._claims.lose_all()
+
+    def _disconnect_from_outside(self) -> None:
+        """Disconnect while the event loop is not running; harmless where it is closed already."""
+        session = self._session
+        if session is not None and session.database.is_usable:
+            session.database.loop.run_until_complete(self.disconnect())
 
     async def _session_now(self) -> Session:
         """The session, opened where it is not."""

@@ -44,6 +44,7 @@ class Claims:
         self._postponed: dict[tuple[str, str], float] = {}
         self._parks: dict[tuple[str, str], Park] = {}
         self._slots: dict[tuple[str, str], datetime] = {}
+        self._completed: dict[tuple[str, str], None] = {}
 
     def take(
         self, queue: str, task_ids: Iterable[str], token: int, *, suspect: bool = False
@@ -53,6 +54,7 @@ class Claims:
             self._lost.pop((queue, task_id), None)
             self._parks.pop((queue, task_id), None)
             self._slots.pop((queue, task_id), None)
+            self._completed.pop((queue, task_id), None)
             self._held[queue, task_id] = token
             if suspect:
                 self._suspects[token] = time.monotonic()
@@ -61,6 +63,27 @@ class Claims:
         """The token to write with; None where this instance never took the task."""
         key = (queue, task_id)
         return self._held.get(key, self._lost.get(key))
+
+    def held(self, queue: str, task_id: str) -> int | None:
+        """The token of a claim that is not known to be lost."""
+        return self._held.get((queue, task_id))
+
+    def queues_of(self, task_id: str) -> list[str]:
+        """From which a task of that id is held."""
+        return sorted(queue for queue, held in self._held if held == task_id)
+
+    def is_lost(self, task_id: str) -> bool:
+        return any(lost == task_id for _, lost in self._lost)
+
+    def complete(self, queue: str, task_id: str) -> None:
+        """Expect the host to store a task once more that has completed in its own transaction."""
+        _remember(self._completed, (queue, task_id), None)
+
+    def is_completed(self, queue: str | None, task_id: object) -> bool:
+        """Whether it has, and was not taken since; None: in any queue."""
+        if queue is None:
+            return any(completed == task_id for _, completed in self._completed)
+        return isinstance(task_id, str) and (queue, task_id) in self._completed
 
     def end(self, queue: str, task_id: str, token: int | None) -> None:
         """Forget a claim, its task being stored, unless the task was taken anew meanwhile."""

@@ -17,6 +17,7 @@ from ._payloads import Payload, TaskRow, TooLargeError, decode, encode_task, fai
 from ._retries import LONGEST_DELAY, retry_of
 from ._stores import claims as claim_store
 from ._stores import consumers as consumer_store
+from ._stores import results as result_store
 from ._stores import tasks as task_store
 from ._suspects import Choice
 from ._validation import check_keys, check_limit, check_number, check_queue, check_timeout
@@ -100,6 +101,10 @@ class Consumer:
         """Store a task that ran; nothing changes where the claim on it was lost."""
         check_queue(queue)
         children = _unit.end(self._wakeups, queue, task)
+        if isinstance(task, dict) and self._claims.is_completed(queue, task.get("id")):
+            # In a transaction of its own; what the worker makes of the rest of it does not count.
+            self._expect_retry(queue, task["id"], task, None)
+            return True
         try:
             row = encode_task(task, self._options.max_payload_bytes)
         except TooLargeError as error:
@@ -122,6 +127,10 @@ class Consumer:
                 )
             else:
                 stored = await self._set_aside(queue, row, task, token)
+            if not stored and token is not None and await self._has_result(queue, row.id, token):
+                # It has completed in a transaction of its own whose end nobody has heard of.
+                self.completed(queue, row.id, token)
+                return True
         except BackendError:
             if token is not None:
                 # Nobody will try again, and the claim would stay as long as this instance.
@@ -138,6 +147,12 @@ class Consumer:
             if children:
                 self._wakeups.wake(children.topics)
         return True
+
+    def completed(self, queue: str, task_id: str, token: int) -> None:
+        """Hear of a task whose own transaction has stored its result and ended its claim."""
+        self._end(queue, task_id, token)
+        self._claims.complete(queue, task_id)
+        self._wakeups.wake([_wakeups.finished(queue, task_id)])
 
     async def acknowledge(self, queue: str, ids: Sequence[str]) -> None:
         """End this instance's claims on tasks, leaving them as they are stored."""
@@ -327,7 +342,7 @@ class Consumer:
 
     async def _set_aside(self, queue: str, row: TaskRow, task: Payload, token: int | None) -> bool:
         retry = retry_of(task, self._options.handover)
-        stored = await self._database.write(
+        stored: bool = await self._database.write(
             "store a task",
             claim_store.set_aside,
             queue,
@@ -335,10 +350,20 @@ class Consumer:
             token,
             None if retry is None else retry.delay + retry.grace,
         )
-        if retry is not None and token is not None and retry.due is not None:
-            park = Park(retry.due, token if stored else None, retry.grace)
-            self._claims.park(queue, row.id, park)
+        if token is not None:
+            self._expect_retry(queue, row.id, task, token if stored else None)
         return stored
+
+    def _expect_retry(self, queue: str, task_id: str, task: Payload, token: int | None) -> None:
+        """If a task is to be retried: after a lost claim (None), what follows changes nothing."""
+        retry = retry_of(task, self._options.handover)
+        if retry is not None and retry.due is not None:
+            self._claims.park(queue, task_id, Park(retry.due, token, retry.grace))
+
+    async def _has_result(self, queue: str, task_id: str, token: int) -> bool:
+        return await self._database.read(
+            "get a result", result_store.is_of_claim, queue, task_id, token
+        )
 
     def _held(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
         check_queue(queue)

@@ -9,8 +9,9 @@ import os
 import random
 import secrets
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -131,19 +132,20 @@ class Database:
         one_at_a_time = _turns(engine, self._loop)
         at_will = contextlib.nullcontext()
         self._write_turn: AbstractAsyncContextManager[Any] = (
-            one_at_a_time if dialect.embedded or self._has_one_connection else at_will
+            one_at_a_time if dialect.embedded or self.has_one_connection else at_will
         )
         self._read_turn: AbstractAsyncContextManager[Any] = (
-            one_at_a_time if self._has_one_connection else at_will
+            one_at_a_time if self.has_one_connection else at_will
         )
 
     @property
     def is_in_memory(self) -> bool:
         """Whether it ends with this process, and no other sees it."""
-        return self.dialect.embedded and self._has_one_connection
+        return self.dialect.embedded and self.has_one_connection
 
     @property
-    def _has_one_connection(self) -> bool:
+    def has_one_connection(self) -> bool:
+        """Whether all transactions take turns on one."""
         return isinstance(self.engine.pool, StaticPool)
 
     @property
@@ -155,6 +157,16 @@ class Database:
     def is_usable(self) -> bool:
         """False after a fork, and once it or its event loop is closed."""
         return self._pid == os.getpid() and not self._closed and not self._loop.is_closed()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is usable, and in the running event loop."""
+        return self.is_usable and asyncio.get_running_loop() is self._loop
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """In which all of this is done."""
+        return self._loop
 
     def check_loop(self) -> None:
         """Raise BackendError in any event loop but the one that connected."""
@@ -172,19 +184,24 @@ class Database:
         An operation is repeated after a conflict or an outage. Where `Transaction.repeated`
         says that it may have been committed already, it must find that out.
         """
-        return await self._outcome(self.start(action, operation, *args, **kwargs))
+        return await self.outcome(self.start(action, operation, *args, **kwargs))
 
     async def read(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """What `operation`, one statement that changes nothing, finds."""
         attempt = self._attempt(operation, False, *args, **kwargs)
-        return await self._outcome(self._start(action, attempt))
+        return await self.outcome(self._start(action, attempt))
 
     def start(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Task[T]:
         """`write` under way, for a caller who must know how it ends though it is cancelled."""
+        if self.dialect.embedded and self.engine.url.database == locked_file():
+            raise BackendError(
+                f"Failed to {action}: the transaction in which this task completes has the file, "
+                "and this would wait for it; use Queue(backend.bind(tx)), or wait for its end"
+            )
         return self._start(action, self._attempt(operation, True, *args, **kwargs))
 
     def give_up(self, work: asyncio.Task[Any]) -> None:
@@ -205,17 +222,40 @@ class Database:
         self._closed = True
         await self.drain()
 
+    async def connect(self, action: str, engine: AsyncEngine) -> AsyncConnection:
+        """A connection, as soon as there is one; for the caller to close."""
+        opening = self._start(action, lambda _: _connect(engine))
+        try:
+            return await self.outcome(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._close_unwanted)
+            raise
+
+    def track(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """The work under way: it goes on though nobody waits for it, and `close` waits."""
+        running = self._loop.create_task(work)
+        self._running.add(running)
+        running.add_done_callback(self._forget)
+        return running
+
+    @property
+    def turn(self) -> asyncio.Lock | None:
+        """What must be held by whoever writes on a connection of his own; None where nothing."""
+        return self._write_turn if isinstance(self._write_turn, asyncio.Lock) else None
+
     def _start(self, action: str, attempt: Callable[[bool], Awaitable[T]]) -> asyncio.Task[T]:
         self.check_loop()
         if self._closed:
             raise BackendError(f"Failed to {action}: the backend was disconnected meanwhile")
         # A task of its own: a cancelled caller must not cut a commit in half.
-        work = self._loop.create_task(self._retry(action, attempt))
-        self._running.add(work)
-        work.add_done_callback(self._forget)
-        return work
+        return self.track(self._retry(action, attempt))
 
-    async def _outcome(self, work: asyncio.Task[T]) -> T:
+    def _close_unwanted(self, opening: asyncio.Task[AsyncConnection]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.track(opening.result().close())
+
+    async def outcome(self, work: asyncio.Task[T]) -> T:
+        """Of what is under way; a caller who is cancelled waits a moment for it."""
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -299,6 +339,36 @@ class Database:
                     raise
 
         return attempt
+
+
+async def _connect(engine: AsyncEngine) -> AsyncConnection:
+    return await engine.connect()
+
+
+def _no_file() -> None:
+    return None
+
+
+_locked_file: ContextVar[Callable[[], str | None]] = ContextVar(
+    "sheppy_sql_locked_file", default=_no_file
+)
+
+
+def locked_file() -> str | None:
+    """The SQLite file that a transaction of this very task has locked at this moment."""
+    return _locked_file.get()()
+
+
+@contextlib.contextmanager
+def locking(file: Callable[[], str | None]) -> Iterator[None]:
+    """Have `file` tell, in this context, what `locked_file` is."""
+    before = _locked_file.get()
+    _locked_file.set(file)
+    try:
+        yield
+    finally:
+        # Not by its token: whoever is cancelled may end elsewhere.
+        _locked_file.set(before)
 
 
 def _turns(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> asyncio.Lock:

@@ -1,11 +1,13 @@
-"""sheppy's own commands, made to work with SqlBackend.
+"""sheppy's own commands, made to work with SqlBackend, and what testing needs to know of it.
 
 THE ONE FILE THAT REACHES INTO SHEPPY'S PRIVATE PARTS. sheppy has no way to add a backend by
 URL: `_create_backend_from_url` is a closed chain of schemes (in `sheppy.queue`, later in
 `sheppy._queue`), and the modules of its command line import it by name. What is relied on:
 
 - that function: it takes a URL and returns a Backend;
-- `sheppy.cli.cli.app`, a Typer application, and its option `--backend-url`.
+- `sheppy.cli.cli.app`, a Typer application, and its option `--backend-url`;
+- for sheppy_sql.testing: modules that ask `datetime.now(..)` for the time, the name that a
+  function has in a task, and a worker's `_task_processor`, which raises what a middleware raised.
 
 tests/test_host.py fails where a release of sheppy changes one of these.
 """
@@ -18,17 +20,20 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import sheppy
 import typer.main
+from sheppy._utils.functions import resolve_function, stringify_function
 
 from . import _urls, migrate
 from ._backend import SqlBackend
 
 if TYPE_CHECKING:
-    from sheppy import Backend
+    from sheppy import Backend, Queue, Task, Worker
 
 FUNCTION = "_create_backend_from_url"
 HOMES = ("sheppy.queue", "sheppy._queue")
@@ -153,6 +158,60 @@ class Host:
             return self._create_backend(url) or original(url)
 
         return create_backend_from_url
+
+
+@contextmanager
+def time_told_by(now: Callable[[], datetime]) -> Iterator[None]:
+    """Meanwhile, all of sheppy in this process takes its time from `now`, which gives UTC."""
+
+    class Told(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]  # as sheppy calls it
+            moment = now()
+            return moment.astimezone(tz) if tz else moment.astimezone().replace(tzinfo=None)
+
+    replaced = []
+    for module in _host_modules():
+        present = vars(module).get("datetime")
+        if isinstance(present, type) and issubclass(present, datetime):
+            replaced.append((module, present))
+            vars(module)["datetime"] = Told
+    try:
+        yield
+    finally:
+        for module, present in replaced:
+            vars(module)["datetime"] = present
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a task of the function says that it runs."""
+    return stringify_function(function)
+
+
+def function_of(task: Task) -> Callable[..., Any]:
+    """The function that a task runs; ValueError where there is none of that name."""
+    return resolve_function(task.spec.func)
+
+
+class Processor:
+    """A worker's own, which keeps what a task or a middleware raised in `raised`."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.raised: Exception | None = None
+        self._processor = worker._task_processor
+        worker._task_processor = self  # type: ignore[assignment]  # the worker calls one method only
+
+    async def process_task(
+        self, task: Task, queue: Queue, worker_id: str
+    ) -> tuple[Exception | None, Task]:
+        self.raised = None
+        try:
+            self.raised, task = await self._processor.process_task(task, queue, worker_id)
+        except Exception as error:
+            # Its own name for it tells less.
+            self.raised = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            raise
+        return self.raised, task
 
 
 def _host_modules() -> list[ModuleType]:

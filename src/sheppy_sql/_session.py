@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _pruner, _urls, _wakeups
 from ._background import Background
+from ._completer import Completer
 from ._consumer import Consumer
 from ._database import Database, Transaction
 from ._definitions import Definitions
@@ -60,11 +62,17 @@ class Session:
         claims: Claims,
         options: Options,
         *,
-        owns_engine: bool,
+        create_engine: Callable[..., AsyncEngine] | None,
         host_decides: bool,
         resume_workflow: Resume,
+        passing: bool = False,
     ) -> None:
-        wakeups = _wakeups.hub(installation.name)
+        """`passing`: nobody else ever sees what it does, as all of it is rolled back in the end.
+
+        So it needs neither signs of life nor chores, wakes nobody, and leaves the row of a queue,
+        for which every other such session would wait, alone.
+        """
+        wakeups = _wakeups.Wakeups() if passing else _wakeups.hub(installation.name)
         suspects = Suspects()
         process = this_process()
         owner = f"{process.hostname}-{process.pid}-{uuid.uuid4().hex[:12]}"
@@ -82,11 +90,11 @@ class Session:
             self.sweeper = Sweeper(database, resume_workflow, grace=options.resume_workflows_after)
             parts.append(Part("resume workflows", self._sweep, self.sweeper.interval))
         # What ends with this process needs no signs of life.
-        beats = not host_decides and not database.is_in_memory
+        beats = not (host_decides or database.is_in_memory or passing)
         heart = Heart(database, process, options, owner=owner) if beats else None
         if heart is not None:
             parts.append(Part("renew leases", heart.beat_if_late, options.lease / BEATS_PER_LEASE))
-        self._background = Background(heart, parts)
+        self._background = Background(heart, [] if passing else parts)
         self.options = options
         self.database = database
         self.wakeups = wakeups
@@ -101,12 +109,20 @@ class Session:
             begin=self._background.start,
             host_decides=host_decides,
         )
-        self.producer = Producer(database, wakeups, claims, options)
+        self.producer = Producer(database, wakeups, claims, options, registers=not passing)
         self.remover = Remover(database, wakeups, options)
         self.viewer = Viewer(database, wakeups, options)
         self.definitions = Definitions(database, wakeups, options)
         self.limiter = Limiter(database, claims)
-        self._owns_engine = owns_engine
+        self.completer = Completer(
+            database,
+            wakeups,
+            claims,
+            options,
+            create_engine=create_engine,
+            completed=self.consumer.completed,
+        )
+        self._owns_engine = create_engine is not None
         self._end = self._until_end()
         self._closing: asyncio.Task[None] | None = None
 
@@ -126,19 +142,50 @@ class Session:
         `host_decides`: the host gives signs of life of its own, and says what is stale.
         Raises BackendError where the server or its tables cannot be used.
         """
+        create_engine: Callable[..., AsyncEngine] | None = None
         if isinstance(url_or_engine, AsyncEngine):
-            engine, ours = url_or_engine, False
+            engine = url_or_engine
             dialect = _dialect(engine.dialect.name, options)
         else:
-            (engine, dialect), ours = _engine(url_or_engine, options), True
+            target = _urls.parse(url_or_engine)
+            dialect = _dialect(target.url.get_backend_name(), options)
+            create_engine = functools.partial(
+                dialect.create_engine,
+                target,
+                pool_size=options.pool_size,
+                connect_timeout=options.connect_timeout,
+            )
+            engine = create_engine()
         database = Database(engine, tables, dialect, outage_grace=options.outage_grace)
         try:
-            offset = await database.read("connect", _check_server)
-            installation = await _installation(database, options)
+            return await cls.on(
+                database,
+                claims,
+                options,
+                create_engine=create_engine,
+                host_decides=host_decides,
+                resume_workflow=resume_workflow,
+            )
         except BaseException:
-            if ours:
+            if create_engine is not None:
                 await engine.dispose()
             raise
+
+    @classmethod
+    async def on(
+        cls,
+        database: Database,
+        claims: Claims,
+        options: Options,
+        *,
+        create_engine: Callable[..., AsyncEngine] | None,
+        host_decides: bool,
+        resume_workflow: Resume,
+        passing: bool = False,
+    ) -> Session:
+        """A session on a database that is there, after a look at whether it can be used."""
+        offset = await database.read("connect", _check_server)
+        installation = await _installation(database, options)
         if offset is not None and abs(offset) > CLOCK_TOLERANCE:
             logger.warning(
                 "This machine's clock and the database's differ by %.1f s: tasks scheduled "
@@ -150,9 +197,10 @@ class Session:
             installation,
             claims,
             options,
-            owns_engine=ours,
+            create_engine=create_engine,
             host_decides=host_decides,
             resume_workflow=resume_workflow,
+            passing=passing,
         )
         await anext(session._end)
         return session
@@ -170,6 +218,7 @@ class Session:
         """Leave without a word: the event loop is closed, or the sockets are the parent's."""
         if self._owns_engine:
             self.database.engine.sync_engine.dispose(close=False)
+        self.completer.abandon()
         self._background.abandon()
         # Never finalised: the generator's end would signal the parent's event loop.
         _abandoned.append(self._end)
@@ -195,17 +244,9 @@ class Session:
                 await self.consumer.hand_back_all()
                 await self.database.close()
             finally:
+                await self.completer.close()
                 if self._owns_engine:
                     await self.database.engine.dispose()
-
-
-def _engine(url: str | URL, options: Options) -> tuple[AsyncEngine, Dialect]:
-    target = _urls.parse(url)
-    dialect = _dialect(target.url.get_backend_name(), options)
-    engine = dialect.create_engine(
-        target, pool_size=options.pool_size, connect_timeout=options.connect_timeout
-    )
-    return engine, dialect
 
 
 def _dialect(name: str, options: Options) -> Dialect:

@@ -106,6 +106,15 @@ class Unit:
         ]
         return answers
 
+    def hand_over(self) -> Children | None:
+        """Hold back nothing more; what is to be stored with the task as it completes."""
+        self._ended = True
+        return Children(self._children) if self._children else None
+
+    def take_back(self) -> None:
+        """Hold back again: what was handed over is not stored."""
+        self._ended = False
+
     def end(self, task: Payload) -> Children | None:
         """Hold back nothing more; what is to be stored with the task's result, if it completed."""
         self._ended = True
@@ -133,6 +142,12 @@ def for_children(wakeups: Signals, tasks: Sequence[Payload]) -> Unit | None:
     """
     unit = _current(wakeups)
     return None if unit is None or any(task.get("workflow_id") for task in tasks) else unit
+
+
+def of(wakeups: Signals, queue: str, task_id: str) -> Unit | None:
+    """The unit of that task, if it runs here under one."""
+    unit = _current(wakeups)
+    return unit if unit is not None and unit.is_of(queue, {"id": task_id}) else None
 
 
 def end(wakeups: Signals, queue: str, task: Payload) -> Children | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from sqlalchemy import ColumnElement, FromClause, Table
+    from sqlalchemy import ColumnElement, Connection, FromClause, Table
     from sqlalchemy.dialects.postgresql import Insert as PostgreSQLInsert
     from sqlalchemy.dialects.sqlite import Insert as SQLiteInsert
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Dialect(ABC):
-    """Seven differences between PostgreSQL and SQLite."""
+    """Nine differences between PostgreSQL and SQLite."""
 
     embedded: ClassVar[bool]
     """A file of this machine: one transaction writes at a time, and nobody deploys its tables."""
@@ -32,9 +32,13 @@ class Dialect(ABC):
 
     @abstractmethod
     def create_engine(
-        self, target: Target, *, pool_size: int, connect_timeout: float
+        self, target: Target, *, pool_size: int, connect_timeout: float, grows: bool = False
     ) -> AsyncEngine:
-        """An engine of our own; it opens nothing yet. `connect_timeout` is in seconds."""
+        """An engine of our own; it opens nothing yet. `connect_timeout` is in seconds.
+
+        `grows`: as many connections as are wanted at once; those that were kept idle are tried
+        before they are given out.
+        """
 
     @abstractmethod
     async def check_server(self, connection: AsyncConnection) -> datetime | None:
@@ -43,6 +47,14 @@ class Dialect(ABC):
     @abstractmethod
     async def begin(self, connection: AsyncConnection, *, write: bool) -> None:
         """Begin a transaction in which a later statement sees what committed meanwhile."""
+
+    @abstractmethod
+    async def lend(self, connection: AsyncConnection) -> None:
+        """Prepare a connection on which somebody else will begin a transaction that writes."""
+
+    @abstractmethod
+    def begin_lent(self, connection: Connection) -> None:
+        """Make of a transaction that has just been begun there what `begin` makes of its own."""
 
     @abstractmethod
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:

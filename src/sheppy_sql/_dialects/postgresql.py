@@ -26,7 +26,7 @@ from . import logs, poolers
 from .base import Dialect
 
 if TYPE_CHECKING:
-    from sqlalchemy import FromClause, Table
+    from sqlalchemy import Connection, FromClause, Table
     from sqlalchemy.dialects.postgresql import Insert
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -54,7 +54,7 @@ class PostgreSQL(Dialect):
         self._reads_in_transactions = prepared_statements is not True
 
     def create_engine(
-        self, target: Target, *, pool_size: int, connect_timeout: float
+        self, target: Target, *, pool_size: int, connect_timeout: float, grows: bool = False
     ) -> AsyncEngine:
         logs.hide_rows()
         # Behind a pooler too: a lone statement of ours needs nothing of an earlier one there.
@@ -64,7 +64,8 @@ class PostgreSQL(Dialect):
             target.url,
             connect_args=poolers.connect_args(self._prepared_statements, given),
             pool_size=pool_size,
-            max_overflow=0,
+            max_overflow=-1 if grows else 0,
+            pool_pre_ping=grows,
             # A caller waits for its turn; the host's worker would end on an error.
             pool_timeout=None,
             # A message of SQLAlchemy's would otherwise quote payloads.
@@ -118,6 +119,12 @@ class PostgreSQL(Dialect):
             ),
             schema_translate_map=None,
         )
+
+    async def lend(self, connection: AsyncConnection) -> None:
+        await connection.execution_options(isolation_level="READ COMMITTED")
+
+    def begin_lent(self, connection: Connection) -> None:
+        pass
 
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
         # Not clock_timestamp(): it is volatile, and no index is searched by it.

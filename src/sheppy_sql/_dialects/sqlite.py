@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sheppy import BackendError
 from sqlalchemy import ColumnElement, event, func, literal, select
 from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
 
@@ -19,7 +20,7 @@ from . import logs
 from .base import Dialect
 
 if TYPE_CHECKING:
-    from sqlalchemy import FromClause, Table
+    from sqlalchemy import Connection, FromClause, Table
     from sqlalchemy.dialects.sqlite import Insert
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
 
 OLDEST_VERSION = (3, 35, 0)
 BUSY_TIMEOUT = 5.0  # seconds
+BUSY_TRIES = 12
+"""How often whoever begins by himself waits so long for another program's transaction."""
 
 
 class SQLite(Dialect):
     embedded = True
 
     def create_engine(
-        self, target: Target, *, pool_size: int, connect_timeout: float
+        self, target: Target, *, pool_size: int, connect_timeout: float, grows: bool = False
     ) -> AsyncEngine:
         logs.hide_rows()
         logs.hide_parameters()
@@ -46,7 +49,7 @@ class SQLite(Dialect):
             else {
                 "poolclass": AsyncAdaptedQueuePool,
                 "pool_size": pool_size,
-                "max_overflow": 0,
+                "max_overflow": -1 if grows else 0,
                 "pool_timeout": None,
             }
         )
@@ -84,6 +87,18 @@ class SQLite(Dialect):
             await connection.exec_driver_sql("ROLLBACK")
         await connection.exec_driver_sql("BEGIN IMMEDIATE")
 
+    async def lend(self, connection: AsyncConnection) -> None:
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+
+    def begin_lent(self, connection: Connection) -> None:
+        raw = connection.connection.driver_connection
+        if raw is not None and raw.in_transaction:
+            # As in `begin`.
+            connection.exec_driver_sql("ROLLBACK")
+        tries_left = BUSY_TRIES
+        while not _has_begun(connection, is_last=tries_left == 1):
+            tries_left -= 1
+
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
         # The same machine's clock, and finer than SQLite's own milliseconds.
         return literal(datetime.now(timezone.utc) + timedelta(seconds=plus), Timestamp)
@@ -120,6 +135,17 @@ def _probe(_dialect: Any, _record: Any, arguments: Any, options: Any) -> None:
         sqlite3.connect(*arguments, **understood).close()
     except sqlite3.OperationalError as error:
         raise sqlite3.OperationalError(f"{error} ({arguments[0]})") from None
+
+
+def _has_begun(connection: Connection, *, is_last: bool) -> bool:
+    """Whether another program's transaction had ended in time, after waiting for it."""
+    try:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    except OperationalError as error:
+        if is_last or "is locked" not in str(error.orig):
+            raise
+        return False
+    return True
 
 
 def _prepare(connection: Any, _record: Any) -> None:

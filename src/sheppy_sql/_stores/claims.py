@@ -197,6 +197,17 @@ async def finish(
     return True
 
 
+async def has_finished(tx: Transaction, queue: str, task_id: str, token: int) -> bool:
+    """Whether a claim ended in a result; waits for a transaction that is about to end it."""
+    tasks = tx.tables.tasks
+    claimed = select(1).where(
+        tasks.c.queue == queue, tasks.c.id == task_id, tasks.c.claim_token == token
+    )
+    if await tx.scalar(claimed.with_for_update()) is not None:
+        return False
+    return await result_store.is_of_claim(tx, queue, task_id, token)
+
+
 async def set_aside(
     tx: Transaction, queue: str, row: TaskRow, token: int | None, retry_in: float | None
 ) -> bool:
