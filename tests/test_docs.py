@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import inspect
 import os
@@ -10,7 +11,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,20 @@ import pytest
 import sheppy.cli.cli
 import typer.main
 from sheppy import BackendError, Queue, Task, task
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from trustme import CA
 from typer.core import TyperGroup
 
-from sheppy_sql import SqlBackend, _urls, cli, migrate
+from sheppy_sql import (
+    BoundBackend,
+    SqlBackend,
+    TransactionConflictError,
+    _urls,
+    cli,
+    migrate,
+)
 from tests.support import make_worker, run_worker
 from tests.support.databases import TestDatabase
 from tests.support.postgres import PostgresServer
@@ -33,7 +43,11 @@ from tests.support.urls import no_defaults as no_defaults
 from tests.transactions.applications import engine_url
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
+GUIDES = [
+    "README.md",
+    *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md"))),
+    "examples/fastapi_shop/README.md",
+]
 PAGES = [*GUIDES, "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
 
 # A block of Python is found by a line of it; each has a test below.
@@ -46,11 +60,17 @@ ASYNC_ENVIRONMENT = "asyncio.run(run_online())"
 SYNC_ENVIRONMENT = "\nengine = create_engine("
 HOOKS = "then=mine,"
 MIDDLEWARE = "middleware=[children_with_result]"
+CHECKOUT = "async def check_out("
+BINDING = "database = create_async_engine("
+CONNECTION = "async def import_order("
+ROUTE = '@app.post("/orders/{order_id}"'
+WAITING = "async def place_and_wait("
+CONFLICTS = "except TransactionConflictError"
 COMPLETION = "backend.complete(current)"
 DJANGO = "from django.db import connection, transaction"
-SQLALCHEMY = "with Session(engine) as session"
+SQLALCHEMY = "with Session(database) as session"
 FIXTURES = "pytest_plugins ="
-SHOP = "async def place_order("
+SHOP = "async def place_order(queue"
 ASSERTING = "async def test_order_gets_a_receipt("
 CLOCK = "async def test_label_is_printed_once_the_printer_works("
 UNITTEST = "[receipt] = await drain(queue)\n    print("
@@ -124,9 +144,10 @@ def table(page: str, first_column: str) -> list[list[str]]:
 def test_every_block_of_python_is_tested_or_a_sketch() -> None:
     tested = (
         *(FIXTURES, SHOP, ASSERTING, CLOCK, UNITTEST, ROLLBACK),
-        *(COMPLETION, DJANGO, SQLALCHEMY),
+        *(DJANGO, SQLALCHEMY),
         *(PROGRAM, ENGINE, ROUTER, WORKER, ROLES, MIDDLEWARE),
         *(ASYNC_ENVIRONMENT, SYNC_ENVIRONMENT, HOOKS),
+        *(COMPLETION, CHECKOUT, BINDING, CONNECTION, ROUTE, WAITING, CONFLICTS),
     )
     for page in GUIDES:
         for text in blocks(page, "python"):
@@ -188,6 +209,89 @@ async def test_worker_with_the_middleware_enqueues_a_tasks_children(
     await run_worker(found["worker"], max_tasks=2)
     assert sorted(str(task.result) for task in await queue.get_all_tasks())[0] == "42"
     await found["backend"].disconnect()
+
+
+TRANSACTIONS = "docs/transactions.md"
+
+
+@pytest.fixture
+async def shop(
+    database: TestDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Any]:
+    """The module that the blocks on transactions import, with its table."""
+    (tmp_path / "shop.py").write_text(source(TRANSACTIONS, BINDING, database.url), "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "shop", raising=False)
+    shop = importlib.import_module("shop")
+    async with shop.database.begin() as connection:
+        await connection.run_sync(shop.Base.metadata.create_all)
+    yield shop
+    await shop.backend.disconnect()
+    await shop.database.dispose()
+    del sys.modules["shop"]
+
+
+async def check_orders(shop: Any, *order_ids: int) -> None:
+    """Fails unless there are these orders, and a task for each."""
+    async with shop.database.connect() as connection:
+        orders = await connection.scalars(select(shop.Order.id).order_by(shop.Order.id))
+    tasks = await Queue(shop.backend, "emails").get_all_tasks()
+    assert (list(orders), sorted(task.spec.args[0] for task in tasks)) == ([*order_ids],) * 2
+
+
+async def test_order_and_its_task_are_stored_together(
+    shop: Any, database: TestDatabase, tmp_path: Path
+) -> None:
+    await shop.take_order(1)
+    with pytest.raises(IntegrityError):
+        await shop.take_order(1)
+    await check_orders(shop, 1)
+    import_order = names(TRANSACTIONS, CONNECTION, "", tmp_path)["import_order"]
+    async with shop.database.connect() as connection:
+        await import_order(connection, 2)
+        await connection.rollback()
+        await import_order(connection, 3)
+        await connection.commit()
+    found = names("README.md", CHECKOUT, database.url, tmp_path)
+    async with shop.sessions() as session:
+        await found["check_out"](session, shop.Order(id=4))
+    await found["backend"].disconnect()
+    await check_orders(shop, 1, 3, 4)
+
+
+async def test_route_stores_an_order_with_its_task(shop: Any, tmp_path: Path) -> None:
+    transport = httpx.ASGITransport(
+        names(TRANSACTIONS, ROUTE, "", tmp_path)["app"], raise_app_exceptions=False
+    )
+    async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+        answers = [(await client.post("/orders/1")).status_code for _ in range(2)]
+    # The second fails at its commit, which comes before the response.
+    assert answers == [201, 500]
+    await check_orders(shop, 1)
+
+
+async def test_task_is_waited_for_after_the_commit(shop: Any, tmp_path: Path) -> None:
+    place_and_wait = names(TRANSACTIONS, WAITING, "", tmp_path)["place_and_wait"]
+    working = asyncio.create_task(run_worker(make_worker(shop.backend, "emails"), 1))
+    assert await place_and_wait(1) == "Order 1 has been placed"
+    await working
+
+
+async def test_transaction_that_met_another_is_run_again(
+    shop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bind, bound = shop.backend.bind, []
+
+    def conflict_once(session: AsyncSession) -> BoundBackend:
+        bound.append(session)
+        if len(bound) == 1:
+            raise TransactionConflictError
+        return bind(session)  # type: ignore[no-any-return]  # of a module made by the test
+
+    monkeypatch.setattr(shop.backend, "bind", conflict_once)
+    await names(TRANSACTIONS, CONFLICTS, "", tmp_path)["place_strictly"](1)
+    assert len(bound) == 2
+    await check_orders(shop, 1)
 
 
 async def test_task_completes_in_its_transaction(
@@ -253,7 +357,7 @@ assert get_receipt.__annotations__ == {"task_id": str, "return": str | None}
 """
 SQLALCHEMY_SETUP = """
 from shop.tables import Base
-Base.metadata.create_all(engine)
+Base.metadata.create_all(database)
 """
 
 

@@ -215,7 +215,7 @@ class SqlBackend(Calls):
 
         Nothing is changed where the claim was lost to a retry or a clear.
         """
-        return await self._connected.consumer.store_result(queue_name, task_data)
+        return await self._connected.storer.store_result(queue_name, task_data)
 
     async def acknowledge(self, queue_name: str, task_ids: list[str]) -> None:
         """End this instance's claims on tasks without changing what is stored."""

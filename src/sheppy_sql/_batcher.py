@@ -67,10 +67,7 @@ class Batcher(Generic[I, R]):
         try:
             return await asyncio.shield(call.answer)
         except asyncio.CancelledError:
-            if call in self._waiting:
-                self._waiting.remove(call)
-            else:
-                await asyncio.wait([call.answer], timeout=CANCELLED_PATIENCE)
+            await asyncio.wait([call.answer], timeout=CANCELLED_PATIENCE)
             raise
 
     def _go_on(self) -> None:

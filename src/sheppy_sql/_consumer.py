@@ -1,4 +1,4 @@
-"""Taking tasks out, and storing what became of them."""
+"""Taking tasks, and handing them back."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from sheppy import BackendError
 
-from . import _unit, _wakeups
-from ._claims import Park
+from . import _wakeups
 from ._database import CANCELLED_PATIENCE, new_token
-from ._finisher import Finisher
-from ._payloads import Payload, TaskRow, TooLargeError, decode, encode_task, failure_of
-from ._retries import LONGEST_DELAY, retry_of
+from ._payloads import Payload, decode
+from ._retries import LONGEST_DELAY
 from ._stores import claims as claim_store
 from ._stores import consumers as consumer_store
-from ._stores import results as result_store
-from ._stores import tasks as task_store
 from ._suspects import Choice
 from ._validation import check_keys, check_limit, check_number, check_queue, check_timeout
 
@@ -28,6 +24,7 @@ if TYPE_CHECKING:
     from ._database import Database, Transaction
     from ._leftovers import Leftovers
     from ._options import Options
+    from ._storer import Storer
     from ._suspects import Suspects
     from ._wakeups import Wakeups
 
@@ -35,7 +32,7 @@ logger = logging.getLogger("sheppy_sql")
 
 
 class Consumer:
-    """pop, store_result, acknowledge and the host's care for claims, of one backend instance."""
+    """pop, acknowledge and the host's care for claims, of one backend instance."""
 
     def __init__(
         self,
@@ -44,18 +41,21 @@ class Consumer:
         claims: Claims,
         suspects: Suspects,
         leftovers: Leftovers,
+        storer: Storer,
         options: Options,
         *,
+        queues: set[str],
         owner: str,
         begin: Callable[[], Awaitable[None]],
         host_decides: bool,
     ) -> None:
-        """`begin` is called before anything is taken: from then on the owner must be alive.
+        """`queues` is told of each from which it takes tasks, or tries to.
+
+        `begin` is called before anything is taken: from then on the owner must be alive.
 
         `host_decides`: the worker gives the signs of life, and says what is stale.
         """
-        self.queues: set[str] = set()
-        """From which it has taken tasks, or tried to."""
+        self._queues = queues
         self._database = database
         self._wakeups = wakeups
         self._options = options
@@ -67,7 +67,7 @@ class Consumer:
         self._taking = 0
         self._taking_suspect = False
         self._leftovers = leftovers
-        self._finisher = Finisher(database)
+        self._storer = storer
         self._active = False
         self._closed = False
 
@@ -78,7 +78,7 @@ class Consumer:
         if count <= 0:
             return []
         await self._start()
-        self.queues.add(queue)
+        self._queues.add(queue)
         has_looked = False
 
         async def look(_: object) -> list[Payload] | None:
@@ -99,60 +99,6 @@ class Consumer:
             )
         return taken or []
 
-    async def store_result(self, queue: str, task: Payload) -> bool:
-        """Store a task that ran; nothing changes where the claim on it was lost."""
-        check_queue(queue)
-        children = _unit.end(self._wakeups, queue, task)
-        if isinstance(task, dict) and self._claims.is_completed(queue, task.get("id")):
-            # In a transaction of its own; what the worker makes of the rest of it does not count.
-            self._expect_retry(queue, task["id"], task, None)
-            return True
-        try:
-            row = encode_task(task, self._options.max_payload_bytes)
-        except TooLargeError as error:
-            await self._store_failure(queue, task, error)
-            raise
-        if "finished_at" not in task:
-            raise ValueError("task has no 'finished_at': set it, to None if it is not finished")
-        token = self._claims.token(queue, row.id)
-        if token is None and self._claims.holds_elsewhere(queue, row.id):
-            raise BackendError(
-                "Failed to store a task: queue name mismatch, it was popped from another queue "
-                "than the one its result is stored in"
-            )
-        try:
-            if task["finished_at"]:
-                ttl = self._options.ttl_for(task)
-                stored = await self._finisher.finish(queue, row, token, ttl, children)
-            else:
-                stored = await self._set_aside(queue, row, task, token)
-            if not stored and token is not None and await self._has_result(queue, row.id, token):
-                # It has completed in a transaction of its own whose end nobody has heard of.
-                self.completed(queue, row.id, token)
-                return True
-        except BackendError:
-            if token is not None:
-                # Nobody will try again, and the claim would stay as long as this instance.
-                self._leftovers.leave(token, [row.id])
-                self._claims.lose(queue, row.id, token)
-            raise
-        if not stored:
-            logger.warning("Task %s was taken over or cleared: its result is dropped", row.id)
-            self._claims.lose(queue, row.id, token)
-        else:
-            self._end(queue, row.id, token)
-            if task["finished_at"]:
-                self._wakeups.wake([_wakeups.finished(queue, row.id)])
-            if children:
-                self._wakeups.wake(children.topics)
-        return True
-
-    def completed(self, queue: str, task_id: str, token: int) -> None:
-        """Hear of a task whose own transaction has stored its result and ended its claim."""
-        self._end(queue, task_id, token)
-        self._claims.complete(queue, task_id)
-        self._wakeups.wake([_wakeups.finished(queue, task_id)])
-
     async def acknowledge(self, queue: str, ids: Sequence[str]) -> None:
         """End this instance's claims on tasks, leaving them as they are stored."""
         held = {
@@ -163,7 +109,7 @@ class Consumer:
         if held:
             await self._database.write("acknowledge tasks", claim_store.end, queue, held)
         for task_id, token in held.items():
-            self._end(queue, task_id, token)
+            self._storer.end_claim(queue, task_id, token)
 
     async def heartbeat(self, queue: str, ids: Sequence[str]) -> None:
         """Keep those of the tasks that this instance holds from counting as stale."""
@@ -320,63 +266,11 @@ class Consumer:
             # It stays a leftover, and the cancellation must pass all the same.
             self._warn(error)
 
-    async def _store_failure(self, queue: str, task: Payload, error: TooLargeError) -> None:
-        """End a task whose result is too large as failed.
-
-        The host only logs what `store_result` raises, and the task would never end.
-        """
-        task_id = task.get("id")
-        token = self._claims.token(queue, task_id) if isinstance(task_id, str) else None
-        if token is None or not isinstance(task_id, str) or not task.get("finished_at"):
-            return
-        before = await self._database.read("get tasks", task_store.get, queue, [task_id])
-        if task_id not in before:
-            return
-        failed = failure_of(decode(before[task_id]), f"ResultTooLarge: {error}")
-        # What is stored already is not refused for its size.
-        row = encode_task(failed, len(before[task_id]) * 2 + 10_000)
-        ttl = self._options.ttl_for(failed)
-        await self._database.write("store a result", claim_store.finish, queue, row, token, ttl)
-        self._end(queue, task_id, token)
-        self._wakeups.wake([_wakeups.finished(queue, task_id)])
-
-    async def _set_aside(self, queue: str, row: TaskRow, task: Payload, token: int | None) -> bool:
-        retry = retry_of(task, self._options.handover)
-        stored: bool = await self._database.write(
-            "store a task",
-            claim_store.set_aside,
-            queue,
-            row,
-            token,
-            None if retry is None else retry.delay + retry.grace,
-        )
-        if token is not None:
-            self._expect_retry(queue, row.id, task, token if stored else None)
-        return stored
-
-    def _expect_retry(self, queue: str, task_id: str, task: Payload, token: int | None) -> None:
-        """If a task is to be retried: after a lost claim (None), what follows changes nothing."""
-        retry = retry_of(task, self._options.handover)
-        if retry is not None and retry.due is not None:
-            self._claims.park(queue, task_id, Park(retry.due, token, retry.grace))
-
-    async def _has_result(self, queue: str, task_id: str, token: int) -> bool:
-        return await self._database.read(
-            "get a result", result_store.is_of_claim, queue, task_id, token
-        )
-
     def _held(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
         check_queue(queue)
         wanted = check_keys(ids, "task id")
         tokens = ((task_id, self._claims.token(queue, task_id)) for task_id in wanted)
         return {task_id: token for task_id, token in tokens if token is not None}
-
-    def _end(self, queue: str, task_id: str, token: int | None) -> None:
-        held_suspect = self._claims.holds_suspect
-        self._claims.end(queue, task_id, token)
-        if held_suspect and not self._claims.holds_suspect:
-            # Other tasks may be taken again.
-            self._wakeups.wake([_wakeups.pending(queue) for queue in self.queues])
 
     def _warn(self, error: BackendError) -> None:
         logger.warning("Tasks of %s stay claimed for now: %s", self._owner, error)

@@ -29,6 +29,7 @@ from ._process import this_process
 from ._producer import Producer
 from ._pruner import Pruner
 from ._remover import Remover
+from ._storer import Storer
 from ._stores import installation as installation_store
 from ._suspects import Suspects
 from ._sweeper import Sweeper
@@ -97,13 +98,18 @@ class Session:
         self.options = options
         self.database = database
         self.wakeups = wakeups
+        self.queues: set[str] = set()
+        """From which tasks are taken."""
+        self.storer = Storer(database, wakeups, claims, leftovers, options, queues=self.queues)
         self.consumer = Consumer(
             database,
             wakeups,
             claims,
             suspects,
             leftovers,
+            self.storer,
             options,
+            queues=self.queues,
             owner=owner,
             begin=self._background.start,
             host_decides=host_decides,
@@ -119,7 +125,7 @@ class Session:
             claims,
             options,
             create_engine=create_engine,
-            completed=self.consumer.completed,
+            completed=self.storer.completed,
         )
         self._owns_engine = create_engine is not None
         self._end = self._until_end()
@@ -224,7 +230,7 @@ class Session:
 
     async def _sweep(self) -> None:
         if self.sweeper is not None:
-            await self.sweeper.sweep(sorted(self.consumer.queues))
+            await self.sweeper.sweep(sorted(self.queues))
 
     async def _until_end(self) -> AsyncGenerator[None, None]:
         """Closes the session when it is closed itself, by whomever.

@@ -14,6 +14,7 @@ from typing import Any
 from sheppy import CURRENT_TASK, Task, Worker, task
 
 from sheppy_sql import SqlBackend
+from tests.support.breeding import keep_alive
 
 DIRECTORY = "JOBS_DIRECTORY"
 QUEUE = "torture"
@@ -52,18 +53,8 @@ async def work(url: str) -> None:
 
 
 def breed(url: str, count: str) -> None:
-    """Keep `count` workers alive, each forked from here, where all is imported already."""
-    alive: set[int] = set()
-    while True:
-        while len(alive) < int(count):
-            pid = os.fork()
-            if pid == 0:
-                asyncio.run(work(url))
-                os._exit(0)
-            alive.add(pid)
-            print("worker", pid)
-        pid, _ = os.wait()
-        alive.discard(pid)
+    """Keep `count` workers alive."""
+    keep_alive(int(count), lambda: asyncio.run(work(url)))
 
 
 async def get_in_the_way(url: str, seed: str, seconds: str) -> None:

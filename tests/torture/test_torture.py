@@ -19,18 +19,15 @@ from sheppy import Queue
 
 from sheppy_sql import SqlBackend
 from sheppy_sql._wakeups import sleep_until
+from tests.support.breeding import bred_by
 from tests.support.databases import TestDatabase
-from tests.support.processes import Child, Spawner, is_alive
+from tests.support.processes import Spawner
 from tests.torture import jobs
 
 MakeBackend = Callable[..., Awaitable[SqlBackend]]
 
 TASKS = 2000
 KILL_EVERY, KILL_FOR = 0.3, 20.0  # seconds
-
-
-def workers_of(breeder: Child) -> list[psutil.Process]:
-    return [process for process in psutil.Process(breeder.pid).children() if is_alive(process)]
 
 
 async def claims_at_death(worker: psutil.Process, database: TestDatabase) -> int:
@@ -56,7 +53,7 @@ async def test_killing_a_worker_three_times_a_second_loses_no_task(
     traces.mkdir()
     workers = 3 if database.dialect == "sqlite" else 8
     breeder = spawn(jobs.breed, database.url, str(workers), env={jobs.DIRECTORY: str(traces)})
-    await asyncio.to_thread(breeder.wait_for, "worker")
+    await asyncio.to_thread(breeder.wait_for, "started")
 
     brief = [jobs.brief() for _ in range(TASKS // 3)]
     failing = [jobs.fails_once() for _ in range(TASKS // 3)]
@@ -77,7 +74,7 @@ async def test_killing_a_worker_three_times_a_second_loses_no_task(
     ends_at = time.monotonic() + KILL_FOR
     while time.monotonic() < ends_at:
         await asyncio.sleep(KILL_EVERY)
-        claims += await claims_at_death(random.choice(workers_of(breeder)), database)
+        claims += await claims_at_death(random.choice(bred_by(breeder)), database)
         kills += 1
     await producing
     stopped_killing_at = time.monotonic()
