@@ -159,6 +159,18 @@ async def test_cancelled_task_is_finished_by_the_commit(
     assert sync.wait_for(app.connection, EMAILS, str(receipt.id), timeout=20) == cancelled
 
 
+async def test_cancelling_first_begins_the_transaction(
+    backend: SqlBackend, app: Application
+) -> None:
+    receipt = send_receipt(1)
+    await Queue(backend, EMAILS).add(receipt)
+    if app.begins_itself:
+        app.execute("SELECT 1")
+    assert sync.cancel(app.connection, EMAILS, receipt) is not None
+    app.rollback()
+    assert await backend.size(EMAILS) == 1
+
+
 async def test_payloads_come_out_as_they_went_in(backend: SqlBackend, app: Application) -> None:
     told = "100 % of 'quotes', \"more\", \\ ünïcödé \0 {} :name %(name)s ?"
     receipt = make_named(told)
@@ -231,6 +243,35 @@ async def test_tasks_commit_at_once_where_every_statement_does(
         execute(connection, "ROLLBACK")
         assert await backend.size(EMAILS) == 0
         connection.close()
+
+
+async def test_call_that_fails_half_way_leaves_nothing_where_every_statement_commits(
+    database: TestDatabase,
+) -> None:
+    await database.execute("DROP TABLE sheppy_scheduled_tasks")
+    for other in (False, True):
+        connection = connect(database, other=other, **AUTOCOMMIT.get(database.dialect, {}))
+        if database.dialect == "postgresql":
+            connection.autocommit = True
+        with pytest.raises(BackendError, match="tables are missing"):
+            sync.schedule(connection, EMAILS, send_receipt(1), timedelta(hours=1))
+        assert not Application(connection).in_transaction
+        connection.close()
+    assert await database.fetch("SELECT id FROM sheppy_tasks") == []
+
+
+async def test_translated_schemas_of_the_application_do_not_move_our_tables(
+    database: TestDatabase, backend: SqlBackend
+) -> None:
+    engine = create_engine(engine_url(database))
+    elsewhere = engine.execution_options(schema_translate_map={None: "elsewhere"})
+    with Session(elsewhere) as session:
+        assert sync.enqueue(session, EMAILS, send_receipt(1))
+        session.commit()
+        with pytest.raises(TimeoutError):
+            sync.wait_for(session, EMAILS, uuid4(), timeout=0.01)
+    engine.dispose()
+    assert await backend.size(EMAILS) == 1
 
 
 async def test_engine_in_autocommit_commits_tasks_at_once(

@@ -37,7 +37,9 @@ def state(connection: Any, names: tuple[str, ...]) -> list[Any]:
 def use(connection: Any, *, commits: bool = True) -> Task:
     """Everything there is, and a commit where one is due."""
     receipt = send_receipt(1)
+    # More often than psycopg executes a statement without preparing it.
     assert sync.enqueue(connection, EMAILS, receipt)
+    assert not any(sync.enqueue(connection, EMAILS, receipt) for _ in range(6))
     assert sync.schedule(connection, EMAILS, send_receipt(2), FUTURE)
     cancelled = sync.cancel(connection, EMAILS, receipt)
     assert cancelled is not None
