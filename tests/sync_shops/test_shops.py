@@ -10,7 +10,7 @@ import pytest
 from sheppy import Queue
 
 from sheppy_sql import SqlBackend
-from tests.support import make_worker
+from tests.support import make_worker, run_worker
 from tests.support.databases import TestDatabase
 from tests.support.processes import Spawner
 from tests.sync_shops.customers import in_django, in_flask
@@ -27,13 +27,12 @@ async def test_orders_are_placed_with_their_tasks_and_not_without(
     refusal: int,
 ) -> None:
     url = engine_url(database).render_as_string(hide_password=False)
-    worker = asyncio.create_task(
-        make_worker(backend, "emails").work(register_signal_handlers=False)
-    )
     child = spawn(shop, url)
-    assert await asyncio.to_thread(child.wait) == 0, child.report()
-    worker.cancel()
-    await asyncio.gather(worker, return_exceptions=True)
+    status, _ = await asyncio.gather(
+        asyncio.to_thread(child.wait, 90),
+        run_worker(make_worker(backend, "emails"), max_tasks=3, timeout=90),
+    )
+    assert status == 0, child.report()
     bought = json.loads(child.stdout)
     assert bought["statuses"] == [201, 201, refusal]
     assert bought["receipts"] == [
