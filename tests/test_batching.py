@@ -10,6 +10,8 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sheppy_sql import SqlBackend
+from sheppy_sql._payloads import encode_task
+from sheppy_sql._stores.claims import Ended, finish_all
 from tests.contract.tasks import FUTURE, MakeBackend, make_task
 from tests.support.databases import TestDatabase
 
@@ -115,6 +117,39 @@ async def test_two_results_of_one_task_are_stored_in_turn(backend: SqlBackend) -
     )
     assert set(await backend.get_results(QUEUE, ["one", "other"])) == {"one", "other"}
     assert await backend.get_stats(QUEUE) == {"pending": 0, "completed": 2, "scheduled": 0}
+
+
+async def test_late_result_of_a_task_that_was_taken_anew_is_refused_beside_others(
+    backend: SqlBackend,
+) -> None:
+    await backend.append(QUEUE, [make_task("late"), make_task("other")])
+    late, other = await backend.pop(QUEUE, 2)
+    database, token = backend._connected.database, backend._claims.token(QUEUE, "late")
+    assert token is not None
+    # As if this claim on the one had come after the claim under which its result is stored.
+    ended = [
+        Ended(encode_task(done(late), 10_000), token + 1, None),
+        Ended(encode_task(done(other), 10_000), token, None),
+    ]
+    assert await database.write("store", finish_all, QUEUE, ended) == [False, True]
+    assert set(await backend.get_results(QUEUE, ["late", "other"])) == {"other"}
+
+
+async def test_late_results_are_refused_where_claims_were_exchanged(backend: SqlBackend) -> None:
+    taken = []
+    for task_id in ("one", "other"):
+        await backend.append(QUEUE, [make_task(task_id)])
+        taken += await backend.pop(QUEUE, 1)
+    one, other = (backend._claims.token(QUEUE, task_id) for task_id in ("one", "other"))
+    assert one is not None
+    assert other is not None
+    ended = [
+        Ended(encode_task(done(task), 10_000), token, None)
+        for task, token in zip(taken, [other, one], strict=True)
+    ]
+    database = backend._connected.database
+    assert await database.write("store", finish_all, QUEUE, ended) == [False, False]
+    assert await backend.get_results(QUEUE, ["one", "other"]) == {}
 
 
 async def test_disconnect_stores_what_it_was_given(make_backend: MakeBackend) -> None:

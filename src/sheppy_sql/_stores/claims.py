@@ -20,6 +20,7 @@ from sqlalchemy import (
     literal_column,
     null,
     select,
+    tuple_,
     update,
 )
 
@@ -254,7 +255,16 @@ async def finish_all(
 async def _finish_in_two(tx: Transaction, queue: str, ended: Sequence[Ended]) -> set[str]:
     """The ids of the tasks that were moved to the results."""
     tasks = tx.tables.tasks
-    mine = _held(tx, queue, {one.row.id: one.token for one in ended})
+    claims = {one.row.id: one.token for one in ended}
+    pair = tx.dialect.unnest(
+        {"id": (Text(), list(claims)), "claim_token": (BigInteger(), list(claims.values()))}
+    )
+    mine = [
+        # By the ids, as _held says; and each under its own claim: a task may have been taken anew
+        # in the very pop that took another of these.
+        *_held(tx, queue, claims),
+        tuple_(tasks.c.id, tasks.c.claim_token).in_(select(pair.c.id, pair.c.claim_token)),
+    ]
     gone = delete(tasks).where(*mine).returning(tasks.c.id, tasks.c.append_token)
     append_tokens = {row.id: row.append_token for row in await tx.rows(gone)}
     moved = [one for one in ended if one.row.id in append_tokens]
