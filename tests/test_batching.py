@@ -97,6 +97,30 @@ async def test_row_that_somebody_has_locked_holds_up_no_other_result(
     await backend.disconnect()
 
 
+async def test_several_locked_rows_hold_up_no_other_result(postgres_database: TestDatabase) -> None:
+    backend = SqlBackend(postgres_database.url, pool_size=10)
+    await backend.connect()
+    tasks = await take_all(backend)
+    locked = IDS[10:14]
+    engine = create_async_engine(postgres_database.url)
+    async with engine.connect() as connection:
+        await connection.execute(
+            text("SELECT 1 FROM sheppy_tasks WHERE id = ANY(:ids) FOR UPDATE"), {"ids": locked}
+        )
+        storing = {
+            task["id"]: asyncio.create_task(backend.store_result(QUEUE, done(task)))
+            for task in tasks
+        }
+        held = [storing.pop(task_id) for task_id in locked]
+        assert all(await asyncio.wait_for(asyncio.gather(*storing.values()), 20))
+        assert not any(one.done() for one in held)
+        await connection.rollback()
+        assert all(await asyncio.wait_for(asyncio.gather(*held), 20))
+    await engine.dispose()
+    assert set(await backend.get_results(QUEUE, IDS)) == set(IDS)
+    await backend.disconnect()
+
+
 async def test_cancelled_caller_leaves_the_others_alone(backend: SqlBackend) -> None:
     tasks = await take_all(backend)
     storing = [asyncio.create_task(backend.store_result(QUEUE, done(task))) for task in tasks]
