@@ -121,6 +121,34 @@ async def test_several_locked_rows_hold_up_no_other_result(postgres_database: Te
     await backend.disconnect()
 
 
+async def test_server_with_a_stricter_default_takes_and_stores_at_read_committed(
+    postgres_database: TestDatabase,
+) -> None:
+    engine = create_async_engine(postgres_database.url)
+    async with engine.begin() as connection:
+        for statement in (
+            f'ALTER DATABASE "{engine.url.database}" '
+            "SET default_transaction_isolation TO 'serializable'",
+            "CREATE TABLE seen (level text)",
+            """CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+               $$ BEGIN INSERT INTO seen SELECT current_setting('transaction_isolation');
+               RETURN NULL; END $$""",
+            """CREATE TRIGGER see AFTER UPDATE OR DELETE ON sheppy_tasks
+               FOR EACH ROW EXECUTE FUNCTION see()""",
+        ):
+            await connection.execute(text(statement))
+    await engine.dispose()
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    await backend.append(QUEUE, [make_task("one")])
+    (one,) = await backend.pop(QUEUE, 1)
+    assert await backend.store_result(QUEUE, done(one))
+    await backend.disconnect()
+    async with engine.connect() as connection:
+        assert set(await connection.scalars(text("SELECT level FROM seen"))) == {"read committed"}
+    await engine.dispose()
+
+
 async def test_cancelled_caller_leaves_the_others_alone(backend: SqlBackend) -> None:
     tasks = await take_all(backend)
     storing = [asyncio.create_task(backend.store_result(QUEUE, done(task))) for task in tasks]
