@@ -149,6 +149,27 @@ async def test_server_with_a_stricter_default_takes_and_stores_at_read_committed
     await engine.dispose()
 
 
+async def test_row_that_somebody_has_locked_keeps_no_other_claim_from_being_renewed(
+    postgres_database: TestDatabase,
+) -> None:
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    await take_all(backend)
+    engine = create_async_engine(postgres_database.url)
+    fresh = text("SELECT id FROM sheppy_tasks WHERE heartbeat_at > :since ORDER BY id")
+    try:
+        async with engine.connect() as connection:
+            since = await connection.scalar(
+                text("SELECT clock_timestamp() FROM sheppy_tasks WHERE id = 'task 042' FOR UPDATE")
+            )
+            await asyncio.wait_for(backend.heartbeat(QUEUE, IDS), 20)
+            renewed = await connection.scalars(fresh, {"since": since})
+            assert set(renewed) == set(IDS) - {"task 042"}
+    finally:
+        await engine.dispose()
+        await backend.disconnect()
+
+
 async def test_cancelled_caller_leaves_the_others_alone(backend: SqlBackend) -> None:
     tasks = await take_all(backend)
     storing = [asyncio.create_task(backend.store_result(QUEUE, done(task))) for task in tasks]

@@ -130,7 +130,8 @@ async def take_over(
 
 async def renew(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
     """A sign of life for claims, tokens by id, that still hold."""
-    renewed = _update_in_order(tx, *_held(tx, queue, claims))
+    # One that an open transaction has locked must not keep all others from being renewed.
+    renewed = _update_in_order(tx, *_held(tx, queue, claims), skip_locked=True)
     await tx.execute(renewed.values(heartbeat_at=tx.dialect.now()))
 
 
@@ -403,10 +404,12 @@ def _take(
     )
 
 
-def _update_in_order(tx: Transaction, *conditions: ColumnElement[bool]) -> Update:
+def _update_in_order(
+    tx: Transaction, *conditions: ColumnElement[bool], skip_locked: bool = False
+) -> Update:
     """An UPDATE of many tasks that deadlocks with no other statement of ours."""
     tasks = tx.tables.tasks
-    locked = in_order(tasks, *conditions)
+    locked = in_order(tasks, *conditions, skip_locked=skip_locked)
     return update(tasks).where(tasks.c.queue == locked.c.queue, tasks.c.id == locked.c.id)
 
 
