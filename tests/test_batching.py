@@ -10,6 +10,8 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sheppy_sql import SqlBackend
+from sheppy_sql._payloads import encode_task
+from sheppy_sql._stores.claims import Ended, finish_all
 from tests.contract.tasks import FUTURE, MakeBackend, make_task
 from tests.support.databases import TestDatabase
 
@@ -95,6 +97,79 @@ async def test_row_that_somebody_has_locked_holds_up_no_other_result(
     await backend.disconnect()
 
 
+async def test_several_locked_rows_hold_up_no_other_result(postgres_database: TestDatabase) -> None:
+    backend = SqlBackend(postgres_database.url, pool_size=10)
+    await backend.connect()
+    tasks = await take_all(backend)
+    locked = IDS[10:14]
+    engine = create_async_engine(postgres_database.url)
+    async with engine.connect() as connection:
+        await connection.execute(
+            text("SELECT 1 FROM sheppy_tasks WHERE id = ANY(:ids) FOR UPDATE"), {"ids": locked}
+        )
+        storing = {
+            task["id"]: asyncio.create_task(backend.store_result(QUEUE, done(task)))
+            for task in tasks
+        }
+        held = [storing.pop(task_id) for task_id in locked]
+        assert all(await asyncio.wait_for(asyncio.gather(*storing.values()), 20))
+        assert not any(one.done() for one in held)
+        await connection.rollback()
+        assert all(await asyncio.wait_for(asyncio.gather(*held), 20))
+    await engine.dispose()
+    assert set(await backend.get_results(QUEUE, IDS)) == set(IDS)
+    await backend.disconnect()
+
+
+async def test_server_with_a_stricter_default_takes_and_stores_at_read_committed(
+    postgres_database: TestDatabase,
+) -> None:
+    engine = create_async_engine(postgres_database.url)
+    async with engine.begin() as connection:
+        for statement in (
+            f'ALTER DATABASE "{engine.url.database}" '
+            "SET default_transaction_isolation TO 'serializable'",
+            "CREATE TABLE seen (level text)",
+            """CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+               $$ BEGIN INSERT INTO seen SELECT current_setting('transaction_isolation');
+               RETURN NULL; END $$""",
+            """CREATE TRIGGER see AFTER UPDATE OR DELETE ON sheppy_tasks
+               FOR EACH ROW EXECUTE FUNCTION see()""",
+        ):
+            await connection.execute(text(statement))
+    await engine.dispose()
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    await backend.append(QUEUE, [make_task("one")])
+    (one,) = await backend.pop(QUEUE, 1)
+    assert await backend.store_result(QUEUE, done(one))
+    await backend.disconnect()
+    async with engine.connect() as connection:
+        assert set(await connection.scalars(text("SELECT level FROM seen"))) == {"read committed"}
+    await engine.dispose()
+
+
+async def test_row_that_somebody_has_locked_keeps_no_other_claim_from_being_renewed(
+    postgres_database: TestDatabase,
+) -> None:
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    await take_all(backend)
+    engine = create_async_engine(postgres_database.url)
+    fresh = text("SELECT id FROM sheppy_tasks WHERE heartbeat_at > :since ORDER BY id")
+    try:
+        async with engine.connect() as connection:
+            since = await connection.scalar(
+                text("SELECT clock_timestamp() FROM sheppy_tasks WHERE id = 'task 042' FOR UPDATE")
+            )
+            await asyncio.wait_for(backend.heartbeat(QUEUE, IDS), 20)
+            renewed = await connection.scalars(fresh, {"since": since})
+            assert set(renewed) == set(IDS) - {"task 042"}
+    finally:
+        await engine.dispose()
+        await backend.disconnect()
+
+
 async def test_cancelled_caller_leaves_the_others_alone(backend: SqlBackend) -> None:
     tasks = await take_all(backend)
     storing = [asyncio.create_task(backend.store_result(QUEUE, done(task))) for task in tasks]
@@ -115,6 +190,39 @@ async def test_two_results_of_one_task_are_stored_in_turn(backend: SqlBackend) -
     )
     assert set(await backend.get_results(QUEUE, ["one", "other"])) == {"one", "other"}
     assert await backend.get_stats(QUEUE) == {"pending": 0, "completed": 2, "scheduled": 0}
+
+
+async def test_late_result_of_a_task_that_was_taken_anew_is_refused_beside_others(
+    backend: SqlBackend,
+) -> None:
+    await backend.append(QUEUE, [make_task("late"), make_task("other")])
+    late, other = await backend.pop(QUEUE, 2)
+    database, token = backend._connected.database, backend._claims.token(QUEUE, "late")
+    assert token is not None
+    # As if this claim on the one had come after the claim under which its result is stored.
+    ended = [
+        Ended(encode_task(done(late), 10_000), token + 1, None),
+        Ended(encode_task(done(other), 10_000), token, None),
+    ]
+    assert await database.write("store", finish_all, QUEUE, ended) == [False, True]
+    assert set(await backend.get_results(QUEUE, ["late", "other"])) == {"other"}
+
+
+async def test_late_results_are_refused_where_claims_were_exchanged(backend: SqlBackend) -> None:
+    taken = []
+    for task_id in ("one", "other"):
+        await backend.append(QUEUE, [make_task(task_id)])
+        taken += await backend.pop(QUEUE, 1)
+    one, other = (backend._claims.token(QUEUE, task_id) for task_id in ("one", "other"))
+    assert one is not None
+    assert other is not None
+    ended = [
+        Ended(encode_task(done(task), 10_000), token, None)
+        for task, token in zip(taken, [other, one], strict=True)
+    ]
+    database = backend._connected.database
+    assert await database.write("store", finish_all, QUEUE, ended) == [False, False]
+    assert await backend.get_results(QUEUE, ["one", "other"]) == {}
 
 
 async def test_disconnect_stores_what_it_was_given(make_backend: MakeBackend) -> None:

@@ -45,7 +45,8 @@ class Batcher(Generic[I, R]):
     def __init__(self, start: Start[I, R]) -> None:
         """`start(items, patient)` begins to write items, and tells of each how it ended.
 
-        Unless `patient`, it must not wait for a lock for long: LockedError, nothing being written.
+        It must not wait for a lock for long, or if `patient` a little longer: LockedError,
+        nothing being written.
         """
         self._start = start
         self._waiting: deque[Call[I, R]] = deque()
@@ -115,7 +116,11 @@ class Batcher(Generic[I, R]):
 
     def _single_ended(self, batch: list[Call[I, R]], work: asyncio.Task[Sequence[R]]) -> None:
         self._singles.discard(work)
-        _tell(batch, work)
+        if not work.cancelled() and isinstance(work.exception(), LockedError):
+            # Behind the others, of which none may wait for this one's lock.
+            self._held_up += batch
+        else:
+            _tell(batch, work)
         self._go_on()
 
 

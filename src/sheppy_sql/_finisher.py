@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 ACTION = "store a result"
 LOCK_TIMEOUT = 0.05
 """Seconds for which results that go together wait for a row that somebody else has locked."""
+LONE_LOCK_TIMEOUT = 0.2
+"""Seconds for which a result that goes singly does, before it is the next one's turn."""
 
 
 class Finisher:
@@ -47,9 +49,9 @@ class Finisher:
     def _finish_all(
         self, queue: str, ended: Sequence[Ended], patient: bool
     ) -> asyncio.Task[Sequence[bool]]:
-        lock_timeout = None if patient else LOCK_TIMEOUT
+        lock_timeout = LONE_LOCK_TIMEOUT if patient else LOCK_TIMEOUT
         return self._database.start_statement(
             ACTION,
             lambda tx: claim_store.finish_all(tx, queue, ended, lock_timeout=lock_timeout),
-            patient=patient,
+            patient=False,
         )

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .base import Columns
 
 OLDEST_VERSION = 14
+MOVING_SNAPSHOTS = frozenset({"read committed", "read uncommitted"})
+"""The defaults of a server at which a statement that commits by itself waits, and does not fail."""
 
 # Seconds, and milliseconds for the last: a peer that is gone without a word, behind a firewall or
 # with its machine, shows within about a minute and not after hours.
@@ -52,6 +54,8 @@ class PostgreSQL(Dialect):
         super().__init__(prepared_statements=prepared_statements)
         # Until an application's engine has shown what it is.
         self._reads_in_transactions = prepared_statements is not True
+        # Until the server has told its default.
+        self._writes_in_transactions = True
 
     def create_engine(
         self, target: Target, *, pool_size: int, connect_timeout: float, grows: bool = False
@@ -76,13 +80,14 @@ class PostgreSQL(Dialect):
         return engine
 
     async def check_server(self, connection: AsyncConnection) -> datetime | None:
-        version, standby, read_only, encoding, pid, now = (
+        version, standby, read_only, encoding, isolation, pid, now = (
             await connection.execute(
                 select(
                     func.current_setting("server_version_num"),
                     func.pg_is_in_recovery(),
                     func.current_setting("transaction_read_only"),
                     func.current_setting("server_encoding"),
+                    func.current_setting("default_transaction_isolation"),
                     func.pg_backend_pid(),
                     func.clock_timestamp(type_=None),
                 )
@@ -105,6 +110,7 @@ class PostgreSQL(Dialect):
                 f"Failed to connect: the database's encoding is {encoding}; "
                 "create one with ENCODING 'UTF8'"
             )
+        self._writes_in_transactions = isolation not in MOVING_SNAPSHOTS
         if self._reads_in_transactions:
             await self._check_pooler(connection, pid)
         moment: datetime = now
@@ -114,8 +120,9 @@ class PostgreSQL(Dialect):
         self, connection: AsyncConnection, *, write: bool, single: bool = False
     ) -> None:
         # The engine may belong to the application, whose default may be stricter,
-        # AUTOCOMMIT, or another schema. A lone statement needs no BEGIN and COMMIT.
-        lone = single or not write
+        # AUTOCOMMIT, or another schema. A lone statement needs no BEGIN and COMMIT, unless the
+        # server's own default is stricter: it would fail where another one came in between.
+        lone = not write or (single and not self._writes_in_transactions)
         await connection.execution_options(
             isolation_level=(
                 "AUTOCOMMIT" if lone and not self._reads_in_transactions else "READ COMMITTED"

@@ -35,13 +35,13 @@ def is_held(tx: Transaction) -> ColumnElement[bool]:
     return and_(results.id.like(CRON_RUN), results.expires_at > tx.dialect.now(plus=-CRON_RUN_HELD))
 
 
-def in_order(table: Table, *conditions: ColumnElement[bool]) -> CTE:
+def in_order(table: Table, *conditions: ColumnElement[bool], skip_locked: bool = False) -> CTE:
     """The keys of rows, which are locked in the order in which everybody locks.
 
     A statement over many rows takes its locks as it finds them: two of those can deadlock.
     """
     key = list(table.primary_key.columns)
-    locked = select(*key).where(*conditions).order_by(*key).with_for_update()
+    locked = select(*key).where(*conditions).order_by(*key).with_for_update(skip_locked=skip_locked)
     return locked.cte("locked").prefix_with("MATERIALIZED")
 
 

@@ -20,6 +20,7 @@ from sqlalchemy import (
     literal_column,
     null,
     select,
+    tuple_,
     update,
 )
 
@@ -129,7 +130,8 @@ async def take_over(
 
 async def renew(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
     """A sign of life for claims, tokens by id, that still hold."""
-    renewed = _update_in_order(tx, *_held(tx, queue, claims))
+    # One that an open transaction has locked must not keep all others from being renewed.
+    renewed = _update_in_order(tx, *_held(tx, queue, claims), skip_locked=True)
     await tx.execute(renewed.values(heartbeat_at=tx.dialect.now()))
 
 
@@ -240,6 +242,9 @@ async def finish_all(
 
     With a lock timeout, in seconds, it fails where a row is locked for longer.
     """
+    if tx.dialect.embedded and len(ended) == 1:
+        # A large payload is neither written as JSON once more nor parsed.
+        return [await finish(tx, queue, *ended[0])]
     if tx.dialect.embedded:
         stored = await _finish_in_two(tx, queue, ended)
     else:
@@ -254,7 +259,16 @@ async def finish_all(
 async def _finish_in_two(tx: Transaction, queue: str, ended: Sequence[Ended]) -> set[str]:
     """The ids of the tasks that were moved to the results."""
     tasks = tx.tables.tasks
-    mine = _held(tx, queue, {one.row.id: one.token for one in ended})
+    claims = {one.row.id: one.token for one in ended}
+    pair = tx.dialect.unnest(
+        {"id": (Text(), list(claims)), "claim_token": (BigInteger(), list(claims.values()))}
+    )
+    mine = [
+        # By the ids, as _held says; and each under its own claim: a task may have been taken anew
+        # in the very pop that took another of these.
+        *_held(tx, queue, claims),
+        tuple_(tasks.c.id, tasks.c.claim_token).in_(select(pair.c.id, pair.c.claim_token)),
+    ]
     gone = delete(tasks).where(*mine).returning(tasks.c.id, tasks.c.append_token)
     append_tokens = {row.id: row.append_token for row in await tx.rows(gone)}
     moved = [one for one in ended if one.row.id in append_tokens]
@@ -390,10 +404,12 @@ def _take(
     )
 
 
-def _update_in_order(tx: Transaction, *conditions: ColumnElement[bool]) -> Update:
+def _update_in_order(
+    tx: Transaction, *conditions: ColumnElement[bool], skip_locked: bool = False
+) -> Update:
     """An UPDATE of many tasks that deadlocks with no other statement of ours."""
     tasks = tx.tables.tasks
-    locked = in_order(tasks, *conditions)
+    locked = in_order(tasks, *conditions, skip_locked=skip_locked)
     return update(tasks).where(tasks.c.queue == locked.c.queue, tasks.c.id == locked.c.id)
 
 
