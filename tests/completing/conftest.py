@@ -38,6 +38,7 @@ async def orders(database: TestDatabase) -> Orders:
     async with engine.begin() as connection:
         await connection.run_sync(tasks.Base.metadata.create_all)
     await engine.dispose()
+    await database.let_worker_use_all()
 
     async def numbers() -> list[int]:
         return [number for (number,) in await database.fetch("SELECT id FROM orders ORDER BY id")]

@@ -269,6 +269,13 @@ class TestDatabase:
         async with self._connect() as connection:
             await connection.execute(text(sql), params)
 
+    async def let_worker_use_all(self) -> None:
+        """Grant the tables of the application, which are there by now, to the worker's role."""
+        if self.granted_url is not None:
+            role = make_url(self.granted_url).username
+            for kind in ("TABLES", "SEQUENCES"):
+                await self.execute(f'GRANT ALL ON ALL {kind} IN SCHEMA public TO "{role}"')
+
     def _connect(self) -> AsyncConnection:
         engine = create_async_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         return engine.connect()
