@@ -159,6 +159,19 @@ async def test_session_keeps_its_objects_while_waiting(database: TestDatabase) -
     engine.dispose()
 
 
+async def test_session_on_a_connection_waits_there(database: TestDatabase) -> None:
+    engine = create_engine(engine_url(database))
+    with engine.connect() as connection, Session(connection) as session:
+        with pytest.raises(TimeoutError):
+            sync.wait_for(session, EMAILS, uuid4(), timeout=0.01)
+        assert not session.in_transaction()
+        assert not connection.in_transaction()
+        sync.enqueue(session, EMAILS, receipt := send_receipt(1))
+        with pytest.raises(BackendError, match="commit first"):
+            sync.wait_for(session, EMAILS, receipt, timeout=float("inf"))
+    engine.dispose()
+
+
 async def test_nothing_of_a_session_is_flushed(database: TestDatabase) -> None:
     engine = create_engine(engine_url(database))
     with application(database, "driver"), Session(engine) as session:
