@@ -52,7 +52,7 @@ def use(connection: Any, *, commits: bool = True) -> Task:
 async def test_connection_of_psycopg_stays_as_it_was(postgres_database: TestDatabase) -> None:
     for options in (
         {"row_factory": psycopg.rows.dict_row, "cursor_factory": psycopg.ClientCursor},
-        {"row_factory": psycopg.rows.scalar_row, "autocommit": True},
+        {"row_factory": psycopg.rows.namedtuple_row, "autocommit": True},
         {"client_encoding": "SQL_ASCII"},
     ):
         with psycopg.connect(dsn(postgres_database), **options) as connection:
