@@ -9,6 +9,7 @@ from django.conf import settings
 from django.db import connection, models, transaction
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.urls import path
+from sheppy import Task
 from sqlalchemy import make_url
 
 from sheppy_sql import sync
@@ -48,10 +49,10 @@ class NoVoucherError(Exception):
     """There are none for small orders."""
 
 
-def place_order(request: HttpRequest) -> HttpResponse:
-    """Store an order and the task that sends its receipt; the task runs once they are committed."""
+def store_order(total: int) -> tuple[Order, Task]:
+    """An order, and the task that sends its receipt, which runs once both are committed."""
     with transaction.atomic():
-        order = Order.objects.create(total=int(request.POST["total"]))
+        order = Order.objects.create(total=total)
         receipt = send_receipt(order.id, order.total)
         sync.enqueue(connection, "emails", receipt)
         try:
@@ -65,6 +66,14 @@ def place_order(request: HttpRequest) -> HttpResponse:
         if order.total <= 0:
             # Leaving the outer block by an exception takes back the order and its task.
             raise ValueError("An order must cost something")
+    return order, receipt
+
+
+def place_order(request: HttpRequest) -> HttpResponse:
+    try:
+        order, receipt = store_order(int(request.POST["total"]))
+    except ValueError as error:
+        return JsonResponse({"error": str(error)}, status=400)
     return JsonResponse({"order": order.id, "receipt": str(receipt.id)}, status=201)
 
 

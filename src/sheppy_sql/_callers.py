@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 from sqlalchemy.orm import Session, scoped_session
 
 from ._drivers import Link, RawLink, link_to
@@ -153,14 +153,15 @@ class SessionCaller(Caller):
 
     @contextmanager
     def looking(self) -> Iterator[Look]:
-        bind = self.session.get_bind()
-        if self.session.in_transaction() or not isinstance(bind, Engine):
-            with ConnectionCaller(self.session.connection()).looking() as look:
-                yield look
-            return
-        # Not the session's own: ending its transaction would expire the application's objects.
-        with bind.connect() as connection, ConnectionCaller(connection).looking() as look:
-            yield look
+        with ExitStack() as stack:
+            # Not one of the session's own: its end would expire the application's objects.
+            in_transaction = self.session.in_transaction()
+            bind = self.session.connection() if in_transaction else self.session.get_bind()
+            if isinstance(bind, Connection):
+                connection = bind
+            else:
+                connection = stack.enter_context(bind.connect())
+            yield stack.enter_context(ConnectionCaller(connection).looking())
 
 
 class SqlalchemyLink(Link):

@@ -6,6 +6,7 @@ so where a statement blocks, they run to their end in one go.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -195,12 +196,10 @@ class SynchronousBackend:
         deadline = time.monotonic() + seconds
         found: dict[str, Payload] = {}
         pause = _wakeups.FIRST_POLL
-        waits = seconds > 0
+        waits, for_ever = seconds > 0, math.isinf(seconds)
         while missing := [one for one in ids if one not in found]:
             is_last = time.monotonic() >= deadline
-            texts = run(
-                self._database.find_results(queue, missing, waits=waits, for_ever=not timeout)
-            )
+            texts = run(self._database.find_results(queue, missing, waits=waits, for_ever=for_ever))
             waits = False
             found.update({one: decode(text) for one, text in texts.items()})
             if len(found) == len(ids):

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from sheppy_sql import SqlBackend, TransactionConflictError, sync
+from sheppy_sql import SqlBackend, TransactionConflictError, _wakeups, sync
 from tests.contract.tasks import MakeBackend, make_task
 from tests.support import make_worker, run_worker
 from tests.support.databases import TestDatabase
@@ -320,8 +320,10 @@ async def test_tables_of_another_version_are_told_of(database: TestDatabase) -> 
 
 
 async def test_commit_of_a_session_wakes_workers_in_this_process(
-    make_backend: MakeBackend, database: TestDatabase
+    make_backend: MakeBackend, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # After its first look it comes by itself once a minute.
+    monkeypatch.setattr(_wakeups, "FIRST_POLL", 60.0)
     worker = await make_backend(max_poll_interval=60)
     with application(database, "session") as app:
         popping = asyncio.create_task(worker.pop(EMAILS, timeout=60))

@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
 
 from sheppy_sql import SqlBackend, TransactionConflictError, sync
-from tests.contract.tasks import FUTURE, make_task
+from tests.contract.tasks import FUTURE
 from tests.support.databases import TestDatabase
 from tests.support.processes import Spawner
 from tests.transactions.applications import application, dsn, engine_url
@@ -52,7 +52,7 @@ def use(connection: Any, *, commits: bool = True) -> Task:
 async def test_connection_of_psycopg_stays_as_it_was(postgres_database: TestDatabase) -> None:
     for options in (
         {"row_factory": psycopg.rows.dict_row, "cursor_factory": psycopg.ClientCursor},
-        {"row_factory": psycopg.rows.scalar_row, "autocommit": True},
+        {"row_factory": psycopg.rows.namedtuple_row, "autocommit": True},
         {"client_encoding": "SQL_ASCII"},
     ):
         with psycopg.connect(dsn(postgres_database), **options) as connection:
@@ -159,6 +159,19 @@ async def test_session_keeps_its_objects_while_waiting(database: TestDatabase) -
     engine.dispose()
 
 
+async def test_session_on_a_connection_waits_there(database: TestDatabase) -> None:
+    engine = create_engine(engine_url(database))
+    with engine.connect() as connection, Session(connection) as session:
+        with pytest.raises(TimeoutError):
+            sync.wait_for(session, EMAILS, uuid4(), timeout=0.01)
+        assert not session.in_transaction()
+        assert not connection.in_transaction()
+        sync.enqueue(session, EMAILS, receipt := send_receipt(1))
+        with pytest.raises(BackendError, match="commit first"):
+            sync.wait_for(session, EMAILS, receipt, timeout=float("inf"))
+    engine.dispose()
+
+
 async def test_nothing_of_a_session_is_flushed(database: TestDatabase) -> None:
     engine = create_engine(engine_url(database))
     with application(database, "driver"), Session(engine) as session:
@@ -246,14 +259,22 @@ async def test_waiting_in_a_transaction_of_sqlalchemy_that_begins_a_fixed_one_is
     engine.dispose()
 
 
-async def test_default_isolation_of_the_server_does_not_matter_in_autocommit(
-    postgres_database: TestDatabase, elsewhere: SqlBackend
+NOTE_LEVEL = """
+CREATE TABLE levels (level text);
+CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN INSERT INTO levels VALUES (current_setting('transaction_isolation')); RETURN NEW; END $$;
+CREATE TRIGGER note BEFORE INSERT ON sheppy_tasks FOR EACH ROW EXECUTE FUNCTION note();
+"""
+
+
+def test_default_isolation_of_the_server_does_not_matter_in_autocommit(
+    postgres_database: TestDatabase,
 ) -> None:
     options = "-c default_transaction_isolation=serializable"
     with psycopg.connect(dsn(postgres_database), autocommit=True, options=options) as connection:
-        await elsewhere.append(EMAILS, [make_task()])
+        connection.execute(NOTE_LEVEL)
         assert sync.enqueue(connection, EMAILS, send_receipt(1))
-    assert await elsewhere.size(EMAILS) == 2
+        assert connection.execute("SELECT level FROM levels").fetchall() == [("read committed",)]
 
 
 def test_sqlite_needs_no_psycopg(sqlite_database: TestDatabase, spawn: Spawner) -> None:
