@@ -1,0 +1,160 @@
+"""What the measuring processes do; each call is one measurement, or one side of one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from . import jobs
+from .drivers import Driver, opened
+from .hands import Cue
+from .tally import Tally
+
+WARM_UP = 200  # tasks, outside the clock
+BULK = 1_000
+COROUTINES = 64
+BATCH = 100
+DRAIN_TIMEOUT = 120.0  # seconds
+
+
+async def fill(driver: Driver, tasks: Sequence[Any]) -> None:
+    """Enqueue tasks in bulk."""
+    for start in range(0, len(tasks), BULK):
+        await driver.add_many(tasks[start : start + BULK])
+
+
+@contextlib.asynccontextmanager
+async def working(
+    driver: Driver, concurrency: int, tally: Tally | None = None
+) -> AsyncIterator[None]:
+    """A worker that runs inside the block; its failure ends the block."""
+    worker = asyncio.ensure_future(driver.work(concurrency, tally))
+    body = asyncio.current_task()
+    assert body is not None
+    worker.add_done_callback(lambda done: done.cancelled() or body.cancel())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if worker.done():
+            worker.result()
+        raise
+    finally:
+        if not worker.done():
+            worker.cancel()
+            await asyncio.wait([worker])
+
+
+async def drain(
+    cue: Cue,
+    *,
+    driver: str,
+    url: str,
+    tally: str,
+    slot: int,
+    count: int,
+    concurrency: int,
+    fills: bool,
+    warm_tally: str,
+) -> dict[str, float]:
+    """Run tasks that were enqueued before, until all processes together have run them all."""
+    async with opened(driver, url, f"warm-{slot}") as warm:
+        await fill(warm, warm.build(WARM_UP))
+        warmed = Tally(warm_tally, slot)
+        async with working(warm, concurrency, warmed):
+            await warmed.reach(WARM_UP, DRAIN_TIMEOUT)
+    async with opened(driver, url, "measured") as queue:
+        if fills:
+            await fill(queue, queue.build(count))
+        counted = Tally(tally, slot)
+        begun = await cue.ready()
+        async with working(queue, concurrency, counted):
+            await counted.reach(count, DRAIN_TIMEOUT)
+        return {"begun": begun, "ended": counted.last_at}
+
+
+async def drain_backend(cue: Cue, *, driver: str, url: str, count: int) -> float:
+    """Tasks per second: pop 100, then 100 concurrent store_result."""
+    async with opened(driver, url, "measured") as queue:
+        backend = queue.backend
+        for queue_name, tasks in (("warm", WARM_UP), ("measured", count)):
+            queue.queue.name = queue_name
+            await fill(queue, queue.build(tasks))
+            begun = await cue.ready() if queue_name == "measured" else 0.0
+            left = tasks
+            while left:
+                popped = await backend.pop(queue_name, BATCH)
+                now = datetime.now(timezone.utc).isoformat()
+                done = [{**task, "status": "completed", "finished_at": now} for task in popped]
+                await asyncio.gather(*(backend.store_result(queue_name, task) for task in done))
+                left -= len(done)
+        return count / (time.monotonic() - begun)
+
+
+async def enqueue(cue: Cue, *, driver: str, url: str, count: int, way: str) -> float:
+    """Tasks per second, "one" by one, "together" from 64 coroutines, or in "bulk" of 1,000."""
+
+    async def enqueue_all(queue: Driver, tasks: Sequence[Any]) -> None:
+        if way == "bulk":
+            await fill(queue, tasks)
+            return
+        waiting = iter(tasks)
+
+        async def enqueue_some() -> None:
+            for task in waiting:
+                await queue.add(task)
+
+        coroutines = COROUTINES if way == "together" else 1
+        await asyncio.gather(*(enqueue_some() for _ in range(coroutines)))
+
+    async with opened(driver, url, "measured") as queue:
+        await enqueue_all(queue, queue.build(WARM_UP))
+        tasks = queue.build(count)
+        begun = await cue.ready()
+        await enqueue_all(queue, tasks)
+        return count / (time.monotonic() - begun)
+
+
+async def idle_worker(
+    cue: Cue, *, driver: str, url: str, concurrency: int = 10
+) -> dict[str, float]:
+    """Run a worker until told to stop; when each stamped task began, by its number."""
+    jobs.STARTS.clear()
+    async with opened(driver, url, "measured") as queue, working(queue, concurrency):
+        await cue.ready()
+        await cue.wait()
+    return {str(number): began for number, began in jobs.STARTS.items()}
+
+
+async def send(cue: Cue, *, driver: str, url: str, count: int, rate: float) -> list[float]:
+    """Enqueue stamped tasks at a rate per second; when each was handed to the library."""
+    sent: list[float] = []
+    async with opened(driver, url, "measured") as queue:
+        tasks = queue.build(count, stamped=True)
+        due = await cue.ready()
+        # Not in step with anybody's polling.
+        chance = random.Random(count)
+        for task in tasks:
+            due += 2 * chance.random() / rate
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            sent.append(time.monotonic())
+            await queue.add(task)
+    return sent
+
+
+async def round_trips(cue: Cue, *, driver: str, url: str, count: int) -> list[float]:
+    """Seconds from before add() to after wait_for(), one task after the other."""
+    took: list[float] = []
+    async with opened(driver, url, "measured") as queue:
+        tasks = queue.build(count + 10)
+        await cue.ready()
+        for task in tasks:
+            begun = time.monotonic()
+            await queue.add(task)
+            await queue.queue.wait_for(task, 30)
+            took.append(time.monotonic() - begun)
+    return took[10:]
