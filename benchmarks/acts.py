@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -36,15 +36,19 @@ async def working(
     worker = asyncio.ensure_future(driver.work(concurrency, tally))
     body = asyncio.current_task()
     assert body is not None
-    worker.add_done_callback(lambda done: done.cancelled() or body.cancel())
+    stop: Callable[[], object] = body.cancel
+    worker.add_done_callback(lambda _: stop())
     try:
         yield
     except asyncio.CancelledError:
         if worker.done():
             worker.result()
+            raise RuntimeError("The worker has ended by itself") from None
         raise
     finally:
         if not worker.done():
+            # However it ends now, that is no failure: some turn a cancellation into a return.
+            stop = bool
             worker.cancel()
             await asyncio.wait([worker])
 

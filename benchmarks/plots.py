@@ -82,27 +82,33 @@ def _throughput(results: Results, figure: Any) -> bool:
     ]
     if not rates:
         return False
-    systems = systems_of(results)
-    figure.set_size_inches(9, 1 + 0.55 * len(rates) + 0.08 * len(rates) * len(systems))
+    bars: list[tuple[str, str, Any]] = [
+        (workload.title, system.name, summarize(list(found.values())))
+        for workload in rates
+        for system in systems_of(results)
+        if (found := results.values(workload.name, system.name, "rate"))
+    ]
+    figure.set_size_inches(9, 1.5 + 0.14 * len(bars) + 0.2 * len(rates))
     axes = figure.subplots()
-    height = 0.8 / len(systems)
-    for number, system in enumerate(systems):
-        for line, workload in enumerate(rates):
-            found = results.values(workload.name, system.name, "rate")
-            if not found:
-                continue
-            summary = summarize(list(found.values()))
-            axes.barh(
-                line + (number + 0.5) * height - 0.4,
-                summary.median,
-                height,
-                color=COLOURS[system.name],
-                xerr=[[summary.median - summary.least], [summary.most - summary.median]],
-                error_kw={"ecolor": INK, "elinewidth": 1},
-            )
-        axes.barh(0, 0, color=COLOURS[system.name], label=system.label)
-    axes.set_yticks(range(len(rates)), [each.title for each in rates])
-    axes.invert_yaxis()
+    line, places = 0.0, []
+    for title, name, summary in bars:
+        if not places or places[-1][0] != title:
+            line += 1.0
+            places.append((title, line))
+        axes.barh(
+            line,
+            summary.median,
+            0.9,
+            color=COLOURS[name],
+            xerr=[[summary.median - summary.least], [summary.most - summary.median]],
+            error_kw={"ecolor": INK, "elinewidth": 1},
+        )
+        line += 1.0
+    for system in systems_of(results):
+        axes.barh(1, 0, color=COLOURS[system.name], label=system.label)
+    axes.set_yticks([place for _, place in places], [title for title, _ in places])
+    axes.set_ylim(line, 0)
+    axes.grid(visible=False, axis="y")
     axes.set_xscale("log")
     axes.set_xlabel("tasks per second (median, least to most; logarithmic)")
     figure.legend(loc="outside lower center", ncols=4)
@@ -144,7 +150,7 @@ def _dead_rows(results: Results, figure: Any) -> bool:
     for axes in (claims, pops):
         axes.set_xlabel("tasks finished since")
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return True
 
 
@@ -160,6 +166,7 @@ def _backlog(results: Results, figure: Any) -> bool:
     for (name, label), style in zip(kinds.items(), ("-o", "--s"), strict=False):
         axes.plot(*zip(*_series(results, name, "rows", "claims"), strict=True), style, label=label)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter("")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("rows in the tables")
     axes.set_ylabel("tasks per second, claims of 32")
@@ -190,8 +197,9 @@ def _latency(results: Results, figure: Any) -> bool:
                 part = [100 * (rank + 1) / len(took) for rank in range(len(took))]
                 axes.step(took, part, where="post", color=COLOURS[system.name], label=system.label)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")
         axes.set_title(label)
         axes.set_xlabel("ms (logarithmic)")
         axes.set_ylabel("% of tasks")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower right")
     return True

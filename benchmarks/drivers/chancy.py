@@ -1,7 +1,8 @@
-"""chancy, with its executor for async jobs: its default starts processes."""
+"""chancy, with its executor for async jobs, as its default starts processes, and eager polling."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ class ChancyDriver:
     """A Chancy, and its Worker."""
 
     def __init__(self, url: str, queue: str) -> None:
-        self._app: Any = Chancy(plain_url(url))
+        # Its own logger writes several lines for each job to the terminal.
+        self._app: Any = Chancy(plain_url(url), log=logging.getLogger(__name__))
         self._queue = queue
 
     async def open(self) -> None:
@@ -44,10 +46,16 @@ class ChancyDriver:
     async def work(self, concurrency: int, tally: Tally | None = None) -> None:
         count_in(tally)
         await self._app.declare(
-            Queue(self._queue, concurrency=concurrency, executor=Chancy.Executor.Async),
+            Queue(
+                self._queue,
+                concurrency=concurrency,
+                executor=Chancy.Executor.Async,
+                # Without it a queue with a backlog moves on every five seconds.
+                eager_polling=True,
+            ),
             upsert=True,
         )
-        async with Worker(self._app, register_signal_handlers=False) as worker:
+        async with Worker(self._app, shutdown_timeout=1, register_signal_handlers=False) as worker:
             await worker.wait_for_shutdown()
 
 
