@@ -28,6 +28,7 @@ TEMPLATE = ROOT / "benchmarks" / "page.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 LATEST = OUTPUT / "latest.json"
 DELAY = 0.001  # seconds
+LIMIT = 10.0  # minutes, of the usual sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +77,14 @@ def run(options: argparse.Namespace) -> int:
         with contextlib.ExitStack() as stack:
             bench = Bench(servers, hands, sizes, stack)
             for number in range(sizes.runs):
+                spent = (time.monotonic() - began) / 60
+                limit = options.minutes or (LIMIT if sizes == USUAL else 0)
+                if number and limit and spent + (spent / number) > limit:
+                    results.notes.append(
+                        f"Stopped after {number} of {sizes.runs} runs: another would have taken "
+                        f"longer than {limit:g} minutes in all."
+                    )
+                    break
                 for workload in workloads:
                     if number == 0 or not workload.once:
                         _measure(bench, workload, systems, number, results)
@@ -163,6 +172,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the sizes that the bars are stated for: about an hour",
     )
     run_command.add_argument("--runs", type=int, help="how often each is repeated (default 5)")
+    run_command.add_argument(
+        "--minutes",
+        type=float,
+        default=0.0,
+        help="begin no run that would end later (default 10 unless --full, --quick or --runs)",
+    )
     run_command.add_argument("--only", default="", metavar="WORKLOAD,..", help="these only")
     run_command.add_argument("--systems", default="", metavar="SYSTEM,..", help="these only")
     run_command.add_argument("--peers", action="store_true", help="other queues on PostgreSQL too")

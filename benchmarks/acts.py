@@ -10,8 +10,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+import asyncpg
+
 from . import jobs
 from .drivers import Driver, opened
+from .drivers.raw import plain_url
 from .hands import Cue
 from .tally import Tally
 
@@ -20,6 +23,7 @@ BULK = 1_000
 COROUTINES = 64
 BATCH = 100
 DRAIN_TIMEOUT = 120.0  # seconds
+HELD_TIMEOUT = 500.0  # seconds, for many more tasks
 
 
 async def fill(driver: Driver, tasks: Sequence[Any]) -> None:
@@ -53,6 +57,14 @@ async def working(
             await asyncio.wait([worker])
 
 
+async def warm_up(driver: str, url: str, tally: Tally, concurrency: int, queue: str) -> None:
+    """Work some tasks off in another queue of the store."""
+    async with opened(driver, url, queue) as warm:
+        await fill(warm, warm.build(WARM_UP))
+        async with working(warm, concurrency, tally):
+            await tally.reach(WARM_UP, DRAIN_TIMEOUT)
+
+
 async def drain(
     cue: Cue,
     *,
@@ -66,11 +78,7 @@ async def drain(
     warm_tally: str,
 ) -> dict[str, float]:
     """Run tasks that were enqueued before, until all processes together have run them all."""
-    async with opened(driver, url, f"warm-{slot}") as warm:
-        await fill(warm, warm.build(WARM_UP))
-        warmed = Tally(warm_tally, slot)
-        async with working(warm, concurrency, warmed):
-            await warmed.reach(WARM_UP, DRAIN_TIMEOUT)
+    await warm_up(driver, url, Tally(warm_tally, slot), concurrency, f"warm-{slot}")
     async with opened(driver, url, "measured") as queue:
         if fills:
             await fill(queue, queue.build(count))
@@ -79,6 +87,36 @@ async def drain(
         async with working(queue, concurrency, counted):
             await counted.reach(count, DRAIN_TIMEOUT)
         return {"begun": begun, "ended": counted.last_at}
+
+
+async def drain_held(
+    cue: Cue,
+    *,
+    driver: str,
+    url: str,
+    tally: str,
+    warm_tally: str,
+    count: int,
+    total: int,
+    concurrency: int,
+) -> dict[str, float]:
+    """Tasks per second, of the first and of the last `count`, while a snapshot is held."""
+    await warm_up(driver, url, Tally(warm_tally, 0), concurrency, "warm")
+    counted, times = Tally(tally, 0), []
+    held: Any = await asyncpg.connect(plain_url(url))
+    try:
+        async with opened(driver, url, "measured") as queue:
+            await held.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            await held.fetch("SELECT count(*) FROM pg_class")
+            await fill(queue, queue.build(total))
+            begun = await cue.ready()
+            async with working(queue, concurrency, counted):
+                for target in (count, total - count, total):
+                    await counted.reach(target, HELD_TIMEOUT)
+                    times.append(time.monotonic())
+    finally:
+        await held.close()
+    return {"first": count / (times[0] - begun), "last": count / (times[2] - times[1])}
 
 
 async def drain_backend(cue: Cue, *, driver: str, url: str, count: int) -> float:

@@ -90,7 +90,8 @@ def _throughput(results: Results, figure: Any) -> bool:
     ]
     figure.set_size_inches(9, 1.5 + 0.14 * len(bars) + 0.2 * len(rates))
     axes = figure.subplots()
-    line, places = 0.0, []
+    line = 0.0
+    places: list[tuple[str, float]] = []
     for title, name, summary in bars:
         if not places or places[-1][0] != title:
             line += 1.0

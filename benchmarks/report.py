@@ -112,6 +112,8 @@ def _bound(bar: Bar) -> str:
 
 def losses(results: Results) -> str:
     """Where another queue is ahead of ours on PostgreSQL, by the median of the runs' ratios."""
+    if OURS not in {each.system for each in results.measurements}:
+        return "Our own backend was not measured."
     lines = []
     others = [each for each in systems_of(results) if not each.name.startswith("sql-")]
     for workload, figure in _lines(results):

@@ -18,6 +18,8 @@ class Sizes:
     enqueue_bulk: int
     starts: int
     round_trips: int
+    held: tuple[int, int]
+    """Of the second number, drained under a snapshot, the first and last so many are timed."""
     waiters: int
     dead: tuple[int, ...]
     """Steps, ascending, at which claims are measured."""
@@ -40,6 +42,7 @@ QUICK = Sizes(
     enqueue_bulk=2_000,
     starts=20,
     round_trips=20,
+    held=(200, 600),
     waiters=50,
     dead=(0, 2_000),
     backlog=(1_000, 5_000),
@@ -62,6 +65,7 @@ USUAL = Sizes(
     enqueue_bulk=10_000,
     starts=60,
     round_trips=100,
+    held=(2_000, 8_000),
     waiters=1_000,
     dead=(0, 10_000, 50_000),
     backlog=(10_000, 200_000),
@@ -84,6 +88,7 @@ FULL = Sizes(
     enqueue_bulk=50_000,
     starts=200,
     round_trips=500,
+    held=(10_000, 200_000),
     waiters=1_000,
     dead=(0, 25_000, 50_000, 100_000, 200_000),
     backlog=(10_000, 1_000_000),

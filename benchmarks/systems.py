@@ -14,7 +14,7 @@ Store = Literal["postgresql", "sqlite", "redis", "memory"]
 
 SHEPPY = frozenset({"drain", "enqueue", "bulk", "backend"})
 ACROSS = frozenset({"drain2", "start"})
-PEER = frozenset({"drain", "drain2", "enqueue", "bulk", "start"})
+PEER = frozenset({"drain", "drain2", "held", "enqueue", "bulk", "start"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ OURS = (
         "SqlBackend, PostgreSQL",
         "postgresql",
         "benchmarks.drivers.sheppy:SqlDriver",
-        SHEPPY | ACROSS | {"wait", "delay", "tables", "footprint", "idle"},
+        SHEPPY | ACROSS | {"wait", "delay", "held", "tables", "footprint", "idle"},
         "benchmarks.systems:install_sheppy",
     ),
     System(
@@ -102,7 +102,7 @@ OURS = (
         "raw asyncpg",
         "postgresql",
         "benchmarks.drivers.raw:RawDriver",
-        frozenset({"drain", "drain2", "enqueue", "bulk"}),
+        frozenset({"drain", "drain2", "held", "enqueue", "bulk"}),
         "benchmarks.drivers.raw:install",
     ),
 )

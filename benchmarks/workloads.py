@@ -110,6 +110,23 @@ def drain_by(processes: int) -> Run:
     return run
 
 
+def drain_held(bench: Bench, system: System, delayed: bool) -> Outcome:
+    """Through the library's worker, while somebody's snapshot keeps vacuum from its work."""
+    count, total = bench.sizes.held
+    with system.stage(bench.servers, delayed) as url:
+        rates = bench.hands.take(1)[0].run(
+            "benchmarks.acts:drain_held",
+            driver=system.driver,
+            url=url,
+            tally=_tally(bench),
+            warm_tally=_tally(bench, "warm-tally-0"),
+            count=scaled(system, count),
+            total=scaled(system, total),
+            concurrency=CONCURRENCY,
+        )
+    return Outcome({**rates, "ratio": rates["last"] / rates["first"]})
+
+
 def drain_backend(bench: Bench, system: System, delayed: bool) -> Outcome:
     with system.stage(bench.servers, delayed) as url:
         rate = bench.hands.take(1)[0].run(
@@ -401,6 +418,17 @@ DELAYED = tuple(
 )
 OTHERS = (
     Workload("drain-backend", "Drain at the backend", _needs("backend"), RATE, drain_backend),
+    Workload(
+        "drain-held",
+        "Drain, held snapshot",
+        _needs("held"),
+        (
+            Figure("first", "first tasks", "/s", more_is_better=True),
+            Figure("last", "last tasks", "/s", more_is_better=True),
+            Figure("ratio", "last to first", "", more_is_better=True),
+        ),
+        drain_held,
+    ),
     Workload("dead-snapshot", "Held snapshot", _needs("tables"), DEAD, dead_rows("snapshot")),
     Workload("dead-write", "Open write transaction", _needs("tables"), DEAD, dead_rows("write")),
     Workload("backlog", "Large backlog", _needs("tables"), SIZES, against_size("backlog")),
