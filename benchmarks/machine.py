@@ -35,11 +35,12 @@ def describe(directory: Path) -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Of every package that takes part."""
     wanted = {name.replace("_", "-") for name in PACKAGES}
-    return {
+    found = {
         name: each.version
         for each in importlib.metadata.distributions()
         if (name := each.metadata["Name"].lower().replace("_", "-")) in wanted
     }
+    return dict(sorted(found.items()))
 
 
 def _processor() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from .bars import BARS, OURS, Bar
+from .bars import BARS, OURS, SQL_PEERS, Bar
 from .results import Results
 from .statistics import Summary, ratios, summarize
 from .systems import OURS as OUR_SYSTEMS
@@ -13,6 +13,7 @@ from .workloads import WORKLOADS, Figure, Workload
 
 REFERENCE = "redis"
 MISSING = "-"
+QUEUES = {REFERENCE, *SQL_PEERS}
 
 
 def number(value: float) -> str:
@@ -115,7 +116,8 @@ def losses(results: Results) -> str:
     if OURS not in {each.system for each in results.measurements}:
         return "Our own backend was not measured."
     lines = []
-    others = [each for each in systems_of(results) if not each.name.startswith("sql-")]
+    # Not raw asyncpg and memory: the one is no queue, the other stores nothing.
+    others = [each for each in systems_of(results) if each.name in QUEUES]
     for workload, figure in _lines(results):
         own = results.values(workload.name, OURS, figure.name)
         for system in others:
