@@ -3,7 +3,7 @@
 .SUFFIXES:
 # The targets share one .venv, so `make -j` must not install into it twice at once.
 .NOTPARALLEL:
-.PHONY: help demo test test-system check torture fuzz matrix build clean format
+.PHONY: help demo test test-system check torture fuzz matrix bench bench-peers bench-docs build clean format
 .DEFAULT_GOAL := help
 
 # These may be set on the command line, for example: make test PYTEST_ARGS="-k cron -x"
@@ -11,6 +11,7 @@ PYTHON ?=
 PYTEST_ARGS ?=
 MATRIX_ARGS ?=
 PYTEST_WORKERS ?= 4
+ARGS ?=
 # Only from the command line: an unrelated URL in the environment must not choose the database.
 ifneq ($(origin URL),command line)
 URL =
@@ -52,6 +53,18 @@ matrix:  ## run the tests on every Python found, and with the lowest dependencie
 	$(VENV) runtime
 	$(BIN)/python tools/matrix.py $(MATRIX_ARGS) -- $(PYTEST_ARGS)
 
+bench:  ## measure this and other backends of sheppy, in about ten minutes; ARGS=--quick, --full, ..
+	$(VENV) bench
+	$(BIN)/python -m benchmarks run $(ARGS)
+
+bench-peers:  ## the same, with other queues on PostgreSQL too
+	$(VENV) bench-peers
+	$(BIN)/python -m benchmarks run --peers $(ARGS)
+
+bench-docs:  ## write docs/benchmarks.md from the last run, or ARGS=path/to/results.json
+	$(VENV) bench
+	$(BIN)/python -m benchmarks docs $(ARGS)
+
 check:  ## lint, formatting, types, import contracts, schemas of the YAML files
 	$(VENV) dev
 	$(BIN)/python -m ruff check
@@ -73,5 +86,5 @@ build:  ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean:  ## remove all that these targets made, .venv too
-	rm -rf .venv .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find src tests migrations tools -type d -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .venvs build dist benchmarks/results .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests migrations tools benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
 #!/bin/sh
-# usage: sh tools/venv.sh [runtime|test|dev]
+# usage: sh tools/venv.sh [runtime|test|dev|bench|bench-peers]
 # Leaves .venv with this checkout and the named dependencies installed; quick when it already is.
 # PYTHON=... chooses the interpreter; otherwise the newest one found is used.
 set -eu
@@ -18,10 +18,12 @@ fail() {
 
 level=${1:-runtime}
 case $level in
-runtime) requirement=. satisfied_by='runtime test dev' ;;
-test) requirement='.[test]' satisfied_by='test dev' ;;
+runtime) requirement=. satisfied_by='runtime test dev bench bench-peers' ;;
+test) requirement='.[test]' satisfied_by='test dev bench bench-peers' ;;
 dev) requirement='.[dev]' satisfied_by='dev' ;;
-*) fail "usage: sh tools/venv.sh [runtime|test|dev]" ;;
+bench) requirement='.[bench]' satisfied_by='bench bench-peers' ;;
+bench-peers) requirement='.[bench-peers]' satisfied_by='bench-peers' ;;
+*) fail "usage: sh tools/venv.sh [runtime|test|dev|bench|bench-peers]" ;;
 esac
 
 find_python() {
