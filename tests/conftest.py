@@ -49,6 +49,34 @@ NO_POSTGRES = f"PostgreSQL, by {URL_VARIABLE}=none"
 NO_POSIX = "posix, as Windows has neither fork nor signals"
 
 
+LONG = (
+    "completing/test_cancelling",
+    "completing/test_children",
+    "completing/test_engines",
+    "completing/test_faults",
+    "fastapi_shop/",
+    "faults/test_children_with_result",
+    "faults/test_workflow_sweeper",
+    "host/test_clocks",
+    "leases/",
+    "sync_shops/",
+    "test_environments",
+    "test_infrastructure",
+    "test_live_migrations",
+    "test_rolling",
+    "testing/test_fixtures",
+    "testing/test_rolled_back",
+    "transactions/test_sync_connections",
+    "windows/",
+)
+"""Whole modules that `make torture` runs, since `make test` is to end within six minutes."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.relative_to(Path(__file__).parent).as_posix().startswith(LONG):
+        item.add_marker("torture")
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     config = session.config
     databases = Databases()
