@@ -147,7 +147,7 @@ async def test_user_without_rights_is_told_what_to_grant(private_server: MakeSer
     await admin.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO app")
     backend = SqlBackend(server.url(user="app"))
     await backend.connect()
-    with pytest.raises(BackendError, match="grant this user"):
+    with pytest.raises(BackendError, match="sheppy-sql db grant"):
         await backend.append(QUEUE, [make_task()])
     await admin.execute("GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO app")
     await admin.execute("GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO app")

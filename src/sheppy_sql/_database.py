@@ -239,7 +239,8 @@ class Database:
 
     def check_turn(self, action: str) -> None:
         """BackendError where the caller would wait for a transaction of his own."""
-        if self.dialect.embedded and self.engine.url.database == locked_file():
+        locked = locked_file()
+        if locked is not None and self.dialect.embedded and self.engine.url.database == locked:
             raise BackendError(
                 f"Failed to {action}: the transaction in which this task completes has the file, "
                 "and this would wait for it; use Queue(backend.bind(tx)), or wait for its end"

@@ -63,6 +63,7 @@ class Faults:
                 DEFERRABLE INITIALLY {when} FOR EACH ROW EXECUTE FUNCTION fault()""",
         ):
             await self._database.execute(sql)
+        await self._database.let_worker_use_all()
 
     async def count(self) -> int:
         """How many rows were changed, faults among them."""
