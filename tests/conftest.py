@@ -50,22 +50,19 @@ NO_POSIX = "posix, as Windows has neither fork nor signals"
 
 
 LONG = (
-    "completing/test_cancelling",
-    "completing/test_children",
-    "completing/test_engines",
-    "completing/test_faults",
+    "completing/",
     "fastapi_shop/",
-    "faults/test_children_with_result",
-    "faults/test_workflow_sweeper",
+    "faults/",
     "host/test_clocks",
     "leases/",
+    "property/test_stateful_workflows",
     "sync_shops/",
+    "test_demo",
     "test_environments",
     "test_infrastructure",
     "test_live_migrations",
     "test_rolling",
-    "testing/test_fixtures",
-    "testing/test_rolled_back",
+    "testing/",
     "transactions/test_sync_connections",
     "windows/",
 )

@@ -418,6 +418,7 @@ def test_hook_hides_both_installations_and_asks_the_applications(tmp_path: Path)
     assert include("users", "table", {"schema_name": None})
 
 
+@pytest.mark.torture
 async def test_examples_of_testing_pass(database: TestDatabase, tmp_path: Path) -> None:
     page = "docs/testing.md"
     for name, part in {
