@@ -125,8 +125,8 @@ async def test_acknowledgement_of_a_postponed_task_leaves_its_next_run_alone(
     backend = await make_backend()
     await backend.append("q", tasks("a"))
     [taken] = await backend.pop("q")
-    await backend.acquire_rate_limit("q", "key", 1, 0.05, "another")
-    wait = await backend.acquire_rate_limit("q", "key", 1, 0.05, "a")
+    await backend.acquire_rate_limit("q", "key", 1, 0.5, "another")
+    wait = await backend.acquire_rate_limit("q", "key", 1, 0.5, "a")
     assert wait is not None
     postponed = {**taken, "status": "scheduled"}
     await backend.schedule("q", postponed, datetime.now(timezone.utc), unique=False)
