@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from . import machine, page, plots, report
 from .hands import Hands
@@ -132,7 +133,7 @@ def _measure(
         )
 
 
-def _chosen(offered: Sequence, names: str) -> list:  # type: ignore[type-arg]  # workloads or systems
+def _chosen(offered: Sequence[Any], names: str) -> list[Any]:
     if not names:
         return list(offered)
     wanted = names.split(",")
