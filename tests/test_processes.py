@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import re
 import signal
+import sqlite3
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import aiosqlite
 import httpx
 import pytest
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from sheppy_sql import SqlBackend
 from sheppy_sql._heart import Heart
@@ -382,3 +388,39 @@ async def test_preforking_server_uses_its_masters_backend_in_its_workers(
     assert await asyncio.to_thread(server.wait) == 0
     assert "Traceback" not in server.stderr
     assert ids(await watching.pop("master", timeout=PATIENCE)) == ["of the master"]
+
+
+@pytest.mark.parametrize("own_engine", [False, True])
+async def test_an_event_loop_that_ends_within_a_write_leaves_the_file_unlocked(
+    sqlite_database: TestDatabase, monkeypatch: pytest.MonkeyPatch, own_engine: bool
+) -> None:
+    """SQLite keeps a closed connection's transaction open for as long as a cursor is unfinished."""
+    path = str(make_url(sqlite_database.url).database)
+    fetch = aiosqlite.Cursor.fetchall
+
+    async def run() -> None:
+        stuck = asyncio.Event()
+
+        async def fetch_or_stay(cursor: aiosqlite.Cursor) -> Any:
+            if cursor._conn.in_transaction:
+                stuck.set()
+                await asyncio.sleep(PATIENCE)
+            return await fetch(cursor)
+
+        backend = SqlBackend(
+            create_async_engine(sqlite_database.url) if own_engine else sqlite_database.url
+        )
+        await backend.connect()
+        monkeypatch.setattr(aiosqlite.Cursor, "fetchall", fetch_or_stay)
+        appending.append(asyncio.create_task(backend.append(QUEUE, [make_task()])))
+        await stuck.wait()
+
+    appending: list[asyncio.Task[list[bool]]] = []  # as whoever logs its error would keep it
+    gc.disable()
+    try:
+        await asyncio.to_thread(asyncio.run, run())
+        with contextlib.closing(sqlite3.connect(path, timeout=0)) as another:
+            another.execute("BEGIN IMMEDIATE")
+            assert another.execute("SELECT id FROM sheppy_tasks").fetchall() == []
+    finally:
+        gc.enable()

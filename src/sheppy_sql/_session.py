@@ -151,6 +151,7 @@ class Session:
         if isinstance(url_or_engine, AsyncEngine):
             engine = url_or_engine
             dialect = _dialect(engine.dialect.name, options)
+            dialect.adopt(engine)
         else:
             target = _urls.parse(url_or_engine)
             dialect = _dialect(target.url.get_backend_name(), options)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Dialect(ABC):
-    """Nine differences between PostgreSQL and SQLite."""
+    """Ten differences between PostgreSQL and SQLite."""
 
     embedded: ClassVar[bool]
     """A file of this machine: one transaction writes at a time, and nobody deploys its tables."""
@@ -39,6 +39,10 @@ class Dialect(ABC):
         `grows`: as many connections as are wanted at once; those that were kept idle are tried
         before they are given out.
         """
+
+    @abstractmethod
+    def adopt(self, engine: AsyncEngine) -> None:
+        """Have an engine of the application's end the transactions of what it gives up."""
 
     @abstractmethod
     async def check_server(self, connection: AsyncConnection) -> datetime | None:

@@ -79,6 +79,10 @@ class PostgreSQL(Dialect):
         event.listen(engine.sync_engine, "connect", _keep_alive)
         return engine
 
+    def adopt(self, engine: AsyncEngine) -> None:
+        # A server does that by itself.
+        pass
+
     async def check_server(self, connection: AsyncConnection) -> datetime | None:
         version, standby, read_only, encoding, isolation, pid, now = (
             await connection.execute(

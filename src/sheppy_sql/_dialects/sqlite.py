@@ -14,6 +14,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
+from sqlalchemy.util.concurrency import in_greenlet
 
 from ..schema import Timestamp, sqlite_timestamp
 from . import logs
@@ -62,7 +63,12 @@ class SQLite(Dialect):
         )
         event.listen(engine.sync_engine, "do_connect", _probe)
         event.listen(engine.sync_engine, "connect", _prepare)
+        self.adopt(engine)
         return engine
+
+    def adopt(self, engine: AsyncEngine) -> None:
+        if not event.contains(engine.sync_engine, "invalidate", _roll_back):
+            event.listen(engine.sync_engine, "invalidate", _roll_back)
 
     async def check_server(self, connection: AsyncConnection) -> datetime | None:
         version = tuple(int(part) for part in sqlite3.sqlite_version.split("."))
@@ -137,6 +143,16 @@ def _probe(_dialect: Any, _record: Any, arguments: Any, options: Any) -> None:
         sqlite3.connect(*arguments, **understood).close()
     except sqlite3.OperationalError as error:
         raise sqlite3.OperationalError(f"{error} ({arguments[0]})") from None
+
+
+def _roll_back(connection: Any, _record: Any, _error: Any) -> None:
+    """End the transaction of a connection that is given up, as when its event loop ends.
+
+    Closing does not do it as long as a cursor is unfinished, which the traceback keeps alive.
+    """
+    if in_greenlet():
+        with contextlib.suppress(sqlite3.Error):
+            connection.rollback()
 
 
 def _has_begun(connection: Connection, *, is_last: bool) -> bool:
