@@ -28,7 +28,7 @@ from tests.support.processes import Child, Spawner, wait_until
 CALL = "import os; os.chdir(os.environ['DIRECTORY']); from sheppy_sql.cli import main; main()"
 SECRET = "hunter2"
 URL_WITH_SECRET = f"postgresql+asyncpg://app:{SECRET}@127.0.0.1:1/app"
-POSITION = "The tables are at revision sheppy_sql_0002 (version 2)\n"
+POSITION = "The tables are at revision sheppy_sql_0003 (version 3)\n"
 
 Start = Callable[..., Child]
 Run = Callable[..., str]
@@ -375,10 +375,7 @@ class TestTables:
         names = ["--table-prefix", "jobs_"]
         if empty_database.dialect == "postgresql":
             names += ["--schema", "queues"]
-        for statement in run("db", "upgrade", "--sql", *names, *where).split(";\n"):
-            sql = re.sub("(?m)^--.*$", "", statement).strip()
-            if sql and sql not in {"BEGIN", "COMMIT"}:
-                await empty_database.execute(sql)
+        await empty_database.run_script(run("db", "upgrade", "--sql", *names, *where))
         assert "can work with them" in run("db", "check", *names, *where)
 
     def test_grant_is_printed_for_names_of_all_kinds(self, run: Run) -> None:
@@ -389,6 +386,7 @@ class TestTables:
         read = '"Jobs"."a b_schema", "Jobs"."a b_alembic_version"'
         assert lines[2] == f'GRANT SELECT ON {read} TO "W""o";'
         assert lines[3] == 'GRANT USAGE ON SEQUENCE "Jobs"."a b_positions" TO "W""o";'
+        assert lines[4] == 'GRANT EXECUTE ON FUNCTION "Jobs"."a b_append" TO "W""o";'
 
     def test_grant_needs_roles(
         self, run: Run, refuse: Run, sqlite_database: TestDatabase, postgres_database: TestDatabase

@@ -310,9 +310,7 @@ def test_sql_of_both_branches_makes_the_tables(postgres_project: Project) -> Non
     project.write(names=Names("sheppy"))
     script = project.alembic("upgrade", "heads", sql=True)
     assert "SET LOCAL lock_timeout TO '2s'" in script
-    for statement in script.split(";\n"):
-        if statement.strip() not in {"", "BEGIN", "COMMIT"}:
-            asyncio.run(project.database.execute(statement.replace(":", "\\:")))
+    asyncio.run(project.database.run_script(script))
     project.alembic("check")
     works(project, Names("sheppy"))
 

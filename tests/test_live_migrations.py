@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sheppy_sql import SqlBackend, _deployments, migrate
+from sheppy_sql.schema import SCHEMA_VERSION
 from tests.support.databases import Databases, TestDatabase
 
 FIRST = "sheppy_sql_0001"
@@ -107,7 +108,7 @@ async def test_nobody_queues_for_long_behind_a_migration_that_waits(
         # It goes on trying.
         await until(lambda: database.fetch(waits))
     await asyncio.wait_for(upgrade, PATIENCE)
-    assert await database.fetch("SELECT version FROM sheppy_schema") == [(2,)]
+    assert await database.fetch("SELECT version FROM sheppy_schema") == [(SCHEMA_VERSION,)]
 
 
 async def test_migration_that_gets_no_lock_says_what_to_do(
@@ -153,7 +154,7 @@ async def test_index_within_the_callers_transaction_is_told_of(
 
 
 def test_sql_of_live_tables_builds_indexes_beside_transactions(database: TestDatabase) -> None:
-    script = migrate.sql(database.url, revision=f"{FIRST}:head")
+    script = migrate.sql(database.url, revision=f"{FIRST}:sheppy_sql_0002")
     assert script.index("COMMIT;") < script.index(f"CREATE INDEX CONCURRENTLY {INDEX}")
     assert script.count("SET LOCAL lock_timeout TO '2s'") == 2
     assert "CONCURRENTLY" not in migrate.sql(database.url)

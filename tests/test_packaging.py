@@ -114,7 +114,7 @@ def test_installed_command_makes_and_checks_the_tables(
         url = ("--url", empty_database.url)
         return said(programs / "sheppy-sql", "db", command, *url, cwd=tmp_path)
 
-    position = "The tables are at revision sheppy_sql_0002 (version 2)\n"
+    position = "The tables are at revision sheppy_sql_0003 (version 3)\n"
     assert db("upgrade") == position
     assert db("current") == position
     assert "can work with them" in db("check")

@@ -9,7 +9,7 @@ import asyncio
 import contextvars
 import copy
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -20,8 +20,12 @@ from ._errors import LockedError, RejectedError
 I = TypeVar("I")  # noqa: E741  # an item
 R = TypeVar("R")
 
-MOST_ITEMS = 500
+MOST_KEYS = 1000
 MOST_BYTES = 4 * 1024 * 1024
+LOCK_TIMEOUT = 0.05
+"""Seconds for which items that go together wait for a row that somebody else has locked."""
+LONE_LOCK_TIMEOUT = 0.2
+"""Seconds for which an item that goes singly does, before it is the next one's turn."""
 SINGLES = 2
 """Connections on which items go singly that were held up, while the next batch goes on."""
 
@@ -32,7 +36,7 @@ Start = Callable[[Sequence[I], bool], "asyncio.Task[Sequence[R]]"]
 class Call(Generic[I, R]):
     """One caller's item, and how he hears of it."""
 
-    key: str
+    keys: Collection[str]
     item: I
     size: int
     answer: asyncio.Future[R]
@@ -54,15 +58,14 @@ class Batcher(Generic[I, R]):
         self._batch: asyncio.Task[Sequence[R]] | None = None
         self._singles: set[asyncio.Task[Sequence[R]]] = set()
 
-    async def submit(self, key: str, item: I, size: int) -> R:
+    async def submit(self, keys: Collection[str], item: I, size: int) -> R:
         """How the item ended, once it is committed; `size` is in bytes.
 
-        No two of the same key are in one batch.
+        No two with a key in common are in one batch.
         It may end so although the caller was cancelled.
         """
-        call: Call[I, R] = Call(
-            key, item, size, asyncio.get_running_loop().create_future(), contextvars.copy_context()
-        )
+        answer = asyncio.get_running_loop().create_future()
+        call: Call[I, R] = Call(keys, item, size, answer, contextvars.copy_context())
         self._waiting.append(call)
         self._go_on()
         try:
@@ -83,12 +86,14 @@ class Batcher(Generic[I, R]):
 
     def _next_batch(self) -> list[Call[I, R]]:
         batch = [self._waiting.popleft()]
-        size, keys = batch[0].size, {batch[0].key}
-        while self._waiting and len(batch) < MOST_ITEMS:
-            size += self._waiting[0].size
-            if size > MOST_BYTES or self._waiting[0].key in keys:
+        size, keys = batch[0].size, set(batch[0].keys)
+        while self._waiting:
+            call = self._waiting[0]
+            size += call.size
+            too_much = size > MOST_BYTES or len(keys) + len(call.keys) > MOST_KEYS
+            if too_much or not keys.isdisjoint(call.keys):
                 break
-            keys.add(self._waiting[0].key)
+            keys.update(call.keys)
             batch.append(self._waiting.popleft())
         return batch
 

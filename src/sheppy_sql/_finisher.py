@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._batcher import Batchers
+from ._batcher import LOCK_TIMEOUT, LONE_LOCK_TIMEOUT, Batchers
 from ._stores import claims as claim_store
 from ._stores.claims import Ended
 
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from ._unit import Children
 
 ACTION = "store a result"
-LOCK_TIMEOUT = 0.05
-"""Seconds for which results that go together wait for a row that somebody else has locked."""
-LONE_LOCK_TIMEOUT = 0.2
-"""Seconds for which a result that goes singly does, before it is the next one's turn."""
 
 
 class Finisher:
@@ -42,7 +38,7 @@ class Finisher:
         if token is not None and children is None:
             self._database.check_turn(ACTION)
             ended = Ended(row, token, ttl)
-            return await self._batchers[queue].submit(row.id, ended, len(row.payload))
+            return await self._batchers[queue].submit([row.id], ended, len(row.payload))
         finish = children.finish if children else claim_store.finish
         return await self._database.write(ACTION, finish, queue, row, token, ttl)
 

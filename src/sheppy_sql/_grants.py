@@ -33,3 +33,4 @@ def grants(role: str, names: Names, *, version_table: bool = True) -> Iterator[s
     read = [tables.schema.name, *([version_table_of(names.prefix)] if version_table else [])]
     yield f"GRANT SELECT ON {', '.join(map(quoted, read))} {to}"
     yield f"GRANT USAGE ON SEQUENCE {quoted(tables.positions.name)} {to}"
+    yield f"GRANT EXECUTE ON FUNCTION {quoted(f'{names.prefix}append')} {to}"

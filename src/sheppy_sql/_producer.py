@@ -6,9 +6,11 @@ import json
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import _unit, _wakeups
+from ._appender import append_by_itself
 from ._database import new_token
 from ._payloads import Payload, TaskRow, decode, encode_task
 from ._stores import claims as claim_store
@@ -20,6 +22,7 @@ from ._validation import check_moment, check_queue
 from .schema import PENDING, SCHEDULED
 
 if TYPE_CHECKING:
+    from ._appender import AppendNew
     from ._claims import Claims
     from ._database import Operations, Transaction
     from ._options import Options
@@ -59,12 +62,15 @@ class Producer:
         claims: Claims,
         options: Options,
         *,
+        append_new: AppendNew | None = None,
         registers: bool = True,
     ) -> None:
-        """`registers`: whether a queue is made known before its first task is there.
+        """`append_new` is how new tasks are appended, if not one call by itself.
 
-        The row would be locked until the transaction ends, and with it every other first task.
+        `registers`: whether a queue is made known with its first task. The row would be locked
+        until the transaction ends, and with it every other first task.
         """
+        self._append_in_line = append_new or partial(append_by_itself, database)
         self._registers = registers
         self._database = database
         self._wakeups = wakeups
@@ -164,9 +170,7 @@ class Producer:
     async def _append_new(self, queue: str, rows: Sequence[TaskRow]) -> list[bool]:
         first = {row.id: index for index, row in reversed(list(enumerate(rows)))}
         unique_rows = [row for index, row in enumerate(rows) if first[row.id] == index]
-        added = await self._database.write(
-            "append tasks", self._add, queue, unique_rows, new_token()
-        )
+        added = await self._append_in_line(queue, unique_rows, self._is_to_register(queue))
         self._known_queues.add(queue)
         if added:
             self._wakeups.wake([_wakeups.pending(queue)])
@@ -201,13 +205,6 @@ class Producer:
             self._claims.end(queue, held.task_id, held.claim)
             if self._leases.get((queue, held.task_id)) is held.lease:
                 self._leases.pop((queue, held.task_id), None)
-
-    async def _add(
-        self, tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int
-    ) -> set[str]:
-        added = await task_store.add(tx, queue, rows, token, PENDING)
-        await self._register(tx, queue)
-        return added.now | added.before
 
     async def _put(
         self,
@@ -244,9 +241,12 @@ class Producer:
         return is_stored
 
     async def _register(self, tx: Transaction, queue: str) -> None:
-        # Last: whoever has to wait for a task must not hold up all that are new to the queue.
-        if self._registers and queue not in self._known_queues:
+        # Last, as in an append.
+        if self._is_to_register(queue):
             await queue_store.register(tx, queue)
+
+    def _is_to_register(self, queue: str) -> bool:
+        return self._registers and queue not in self._known_queues
 
 
 async def _nothing() -> None:

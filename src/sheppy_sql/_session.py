@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import _pruner, _urls, _wakeups
+from ._appender import Appender
 from ._background import Background
 from ._completer import Completer
 from ._consumer import Consumer
@@ -114,7 +115,14 @@ class Session:
             begin=self._background.start,
             host_decides=host_decides,
         )
-        self.producer = Producer(database, wakeups, claims, options, registers=not passing)
+        self.producer = Producer(
+            database,
+            wakeups,
+            claims,
+            options,
+            append_new=Appender(database).append,
+            registers=not passing,
+        )
         self.remover = Remover(database, wakeups, options)
         self.viewer = Viewer(database, wakeups, options)
         self.definitions = Definitions(database, wakeups, options)

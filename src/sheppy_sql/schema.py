@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
     DDL,
@@ -24,13 +24,14 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.schema import SchemaItem
+from sqlalchemy.sql import quoted_name
 from sqlalchemy.types import TypeDecorator
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.engine import Dialect
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """The schema this code needs; every migration stamps its own number into the `schema` table."""
 
 DEFAULT_PREFIX = "sheppy_"
@@ -93,6 +94,13 @@ class Timestamp(TypeDecorator[datetime]):
 Key = Text().with_variant(Text(collation="C"), "postgresql")
 
 
+class Routine(NamedTuple):
+    """A function on a server, as SQLAlchemy names it."""
+
+    name: quoted_name
+    schema: tuple[quoted_name, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Tables:
     """Every table of one installation; `schema` and `prefix` keep installations apart."""
@@ -112,6 +120,7 @@ class Tables:
     chores: Table
     schema: Table
     positions: Sequence
+    append: Routine
 
 
 def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tables:
@@ -276,12 +285,21 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
         ),
         # One value is a whole block of positions: see POSITION_STEP.
         positions=Sequence(f"{prefix}positions", increment=POSITION_STEP, metadata=metadata),
+        append=_routine(schema, f"{prefix}append"),
     )
     _store(tables.tasks, TASKS_STORAGE)
     _store(tables.scheduled_tasks, SCHEDULE_STORAGE)
     for name in _names(metadata, prefix):
         _check_identifier("table_prefix", name)
     return tables
+
+
+def _routine(schema: str | None, name: str) -> Routine:
+    # SQLAlchemy formats what it makes of the names once more.
+    whole, *within = (
+        quoted_name(part.replace("%", "%%"), quote=True) for part in (name, schema) if part
+    )
+    return Routine(whole, tuple(within))
 
 
 def version_table(prefix: str) -> str:
@@ -297,6 +315,7 @@ def _store(table: Table, parameters: str) -> None:
 
 def _names(metadata: MetaData, prefix: str) -> list[str]:
     names = [version_table(prefix), f"{version_table(prefix)}_pkc", f"{prefix}positions"]
+    names.append(f"{prefix}append")
     for table in metadata.tables.values():
         names += [table.name, f"{table.name}_pkey", *(str(index.name) for index in table.indexes)]
     return names

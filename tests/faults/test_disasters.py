@@ -69,6 +69,16 @@ class Crew:
     def ran(self) -> int:
         return len(workers.traces(self._traces))
 
+    async def arrive(self, database: TestDatabase) -> None:
+        """Return once every worker has got through to the database: before, an outage ends it."""
+
+        async def all_here() -> bool:
+            self.check()
+            known = await database.fetch("SELECT count(*) FROM sheppy_consumers")
+            return known == [(len(self._workers),)]
+
+        await until(all_here, "not all workers come")
+
     async def progress(self, tasks: int = 30) -> None:
         """Return once that many more tasks have run."""
         target = self.ran() + tasks
@@ -111,6 +121,7 @@ async def crew_on(
 ) -> AsyncIterator[Crew]:
     crew = Crew(spawn, directory, url)
     crew.hire()
+    await crew.arrive(database)
     await crew.progress()
     yield crew
     await crew.progress()

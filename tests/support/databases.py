@@ -269,6 +269,12 @@ class TestDatabase:
         async with self._connect() as connection:
             await connection.execute(text(sql), params)
 
+    async def run_script(self, sql: str) -> None:
+        """Run statements, with their own BEGIN and COMMIT, as psql or sqlite3 would."""
+        async with self._connect() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            await (driver.executescript if self.dialect == "sqlite" else driver.execute)(sql)
+
     async def let_worker_use_all(self) -> None:
         """Grant the tables of the application, which are there by now, to the worker's role."""
         if self.granted_url is not None:

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sheppy_sql import SqlBackend, TransactionConflictError, _wakeups, sync
+from sheppy_sql.schema import SCHEMA_VERSION
 from tests.contract.tasks import MakeBackend, make_task
 from tests.support import make_worker, run_worker
 from tests.support.databases import TestDatabase
@@ -314,7 +315,7 @@ async def test_tables_of_another_version_are_told_of(database: TestDatabase) -> 
     with pytest.raises(BackendError, match="tables have version 1"):
         sync.enqueue(connection, EMAILS, send_receipt(1))
     connection.rollback()
-    await database.execute("UPDATE sheppy_schema SET version = 2")
+    await database.execute(f"UPDATE sheppy_schema SET version = {SCHEMA_VERSION}")
     assert sync.enqueue(connection, EMAILS, send_receipt(1))
     connection.close()
 
