@@ -66,15 +66,15 @@ BEGIN
         INSERT INTO {queues} (name) VALUES (of_queue) ON CONFLICT DO NOTHING;
     END IF;
     IF cardinality(taken) = 0 AND cardinality(stored) = cardinality(ids) THEN
-        RETURN QUERY SELECT unnest(stored);
-    ELSE
-        RETURN QUERY
-            SELECT task.id FROM {tasks} AS task
-            WHERE task.queue = of_queue AND task.id = ANY (ids) AND task.append_token = token
-            UNION
-            SELECT result.id FROM {results} AS result
-            WHERE result.queue = of_queue AND result.id = ANY (ids) AND result.append_token = token;
+        RETURN stored;
     END IF;
+    RETURN ARRAY(
+        SELECT task.id FROM {tasks} AS task
+        WHERE task.queue = of_queue AND task.id = ANY (ids) AND task.append_token = token
+        UNION
+        SELECT result.id FROM {results} AS result
+        WHERE result.queue = of_queue AND result.id = ANY (ids) AND result.append_token = token
+    );
 END
 """
 
@@ -84,7 +84,7 @@ def upgrade() -> None:
     if op.get_context().dialect.name == "postgresql":
         names = quoted()
         body = APPEND.format(**names).replace("'", "''")
-        create = f"CREATE OR REPLACE FUNCTION {names['append']} ({ARGUMENTS}) RETURNS SETOF text"
+        create = f"CREATE OR REPLACE FUNCTION {names['append']} ({ARGUMENTS}) RETURNS text[]"
         op.execute(as_written(f"{create} LANGUAGE plpgsql AS '{body}'"))
     stamp(VERSION, OLDEST_CODE)
 

@@ -50,7 +50,11 @@ class Appender:
         return await self._batchers[queue].submit(ids, Offer(rows, registers), size)
 
     def _append_all(
-        self, queue: str, offers: Sequence[Offer], patient: bool
+        self,
+        queue: str,
+        offers: Sequence[Offer],
+        patient: bool,
+        tell: Callable[[Sequence[Collection[str]] | BaseException], None],
     ) -> asyncio.Task[Sequence[Collection[str]]]:
         token = new_token()
         lock_timeout = LONE_LOCK_TIMEOUT if patient else LOCK_TIMEOUT
@@ -66,7 +70,7 @@ class Appender:
                 )
             return [{row.id for row in offer.rows} & stored for offer in offers]
 
-        return self._database.start_statement(ACTION, append, patient=False)
+        return self._database.start_statement(ACTION, append, patient=False, ended=tell)
 
 
 async def append_by_itself(

@@ -29,10 +29,12 @@ LONE_LOCK_TIMEOUT = 0.2
 SINGLES = 2
 """Connections on which items go singly that were held up, while the next batch goes on."""
 
-Start = Callable[[Sequence[I], bool], "asyncio.Task[Sequence[R]]"]
+Outcome = Sequence[R] | BaseException
+Ended = Callable[[Outcome[R]], None]
+Start = Callable[[Sequence[I], bool, Ended[R]], "asyncio.Task[Any]"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call(Generic[I, R]):
     """One caller's item, and how he hears of it."""
 
@@ -41,13 +43,14 @@ class Call(Generic[I, R]):
     size: int
     answer: asyncio.Future[R]
     context: contextvars.Context
+    is_told: bool = False
 
 
 class Batcher(Generic[I, R]):
     """One batch at a time, in the order of the calls."""
 
     def __init__(self, start: Start[I, R]) -> None:
-        """`start(items, patient)` begins to write items, and tells of each how it ended.
+        """`start(items, patient, ended)` begins to write items, and tells `ended` how each did.
 
         It must not wait for a lock for long, or if `patient` a little longer: LockedError,
         nothing being written.
@@ -55,8 +58,8 @@ class Batcher(Generic[I, R]):
         self._start = start
         self._waiting: deque[Call[I, R]] = deque()
         self._held_up: deque[Call[I, R]] = deque()
-        self._batch: asyncio.Task[Sequence[R]] | None = None
-        self._singles: set[asyncio.Task[Sequence[R]]] = set()
+        self._in_flight = False
+        self._singles = 0
 
     async def submit(self, keys: Collection[str], item: I, size: int) -> R:
         """How the item ended, once it is committed; `size` is in bytes.
@@ -64,25 +67,26 @@ class Batcher(Generic[I, R]):
         No two with a key in common are in one batch.
         It may end so although the caller was cancelled.
         """
-        answer = asyncio.get_running_loop().create_future()
-        call: Call[I, R] = Call(keys, item, size, answer, contextvars.copy_context())
+        loop = asyncio.get_running_loop()
+        call: Call[I, R] = Call(keys, item, size, loop.create_future(), contextvars.copy_context())
         self._waiting.append(call)
         self._go_on()
         try:
-            return await asyncio.shield(call.answer)
+            return await call.answer
         except asyncio.CancelledError:
-            await asyncio.wait([call.answer], timeout=CANCELLED_PATIENCE)
+            if not call.is_told:
+                # The first one was cancelled with its caller.
+                call.answer = loop.create_future()
+                await asyncio.wait([call.answer], timeout=CANCELLED_PATIENCE)
             raise
 
     def _go_on(self) -> None:
-        while self._batch is None and self._waiting:
+        while not self._in_flight and self._waiting:
             batch = self._next_batch()
-            self._batch = self._begin(batch, self._batch_ended, patient=False)
-        while self._held_up and len(self._singles) < SINGLES:
-            call = self._held_up.popleft()
-            single = self._begin([call], self._single_ended, patient=True)
-            if single is not None:
-                self._singles.add(single)
+            self._in_flight = self._begin(batch, self._batch_ended, patient=False)
+        while self._held_up and self._singles < SINGLES:
+            single = [self._held_up.popleft()]
+            self._singles += self._begin(single, self._single_ended, patient=True)
 
     def _next_batch(self) -> list[Call[I, R]]:
         batch = [self._waiting.popleft()]
@@ -97,42 +101,52 @@ class Batcher(Generic[I, R]):
             batch.append(self._waiting.popleft())
         return batch
 
-    def _begin(
-        self, batch: list[Call[I, R]], ended: Callable[..., None], *, patient: bool
-    ) -> asyncio.Task[Sequence[R]] | None:
-        try:
-            work = batch[0].context.run(self._start, [call.item for call in batch], patient)
-        except Exception as error:  # noqa: BLE001  # it is the callers'
-            for call in batch:
-                _fail(call, copy.copy(error))
-            return None
-        work.add_done_callback(lambda work: ended(batch, work))
-        return work
+    def _begin(self, batch: list[Call[I, R]], ended: Callable[..., None], *, patient: bool) -> bool:
+        told = False
 
-    def _batch_ended(self, batch: list[Call[I, R]], work: asyncio.Task[Sequence[R]]) -> None:
-        self._batch = None
-        error = None if work.cancelled() else work.exception()
-        if isinstance(error, LockedError) or (isinstance(error, RejectedError) and len(batch) > 1):
+        def tell(outcome: Outcome[R]) -> None:
+            nonlocal told
+            if not told:
+                told = True
+                ended(batch, outcome)
+
+        items = [call.item for call in batch]
+        try:
+            work = batch[0].context.run(self._start, items, patient, tell)
+        except Exception as error:  # noqa: BLE001  # it is the callers'
+            _tell(batch, error)
+            return False
+        # Told from within the work, as one more turn of the event loop would be felt; but what
+        # is cancelled before it begins tells nothing.
+        work.add_done_callback(lambda _: tell(asyncio.CancelledError()))
+        return True
+
+    def _batch_ended(self, batch: list[Call[I, R]], outcome: Outcome[R]) -> None:
+        self._in_flight = False
+        is_rejected = isinstance(outcome, RejectedError) and len(batch) > 1
+        if is_rejected or isinstance(outcome, LockedError):
             # Because of one of them; each is to end as it would have by itself.
             self._held_up += batch
         else:
-            _tell(batch, work)
+            _tell(batch, outcome)
         self._go_on()
 
-    def _single_ended(self, batch: list[Call[I, R]], work: asyncio.Task[Sequence[R]]) -> None:
-        self._singles.discard(work)
-        if not work.cancelled() and isinstance(work.exception(), LockedError):
+    def _single_ended(self, batch: list[Call[I, R]], outcome: Outcome[R]) -> None:
+        self._singles -= 1
+        if isinstance(outcome, LockedError):
             # Behind the others, of which none may wait for this one's lock.
             self._held_up += batch
         else:
-            _tell(batch, work)
+            _tell(batch, outcome)
         self._go_on()
 
 
 class Batchers(dict[str, Batcher[I, R]]):
     """One for each queue, made when it is needed."""
 
-    def __init__(self, start: Callable[[str, Sequence[I], bool], asyncio.Task[Sequence[R]]]):
+    def __init__(
+        self, start: Callable[[str, Sequence[I], bool, Ended[R]], asyncio.Task[Any]]
+    ) -> None:
         """`start` is told the queue as well."""
         super().__init__()
         self._start = start
@@ -142,21 +156,24 @@ class Batchers(dict[str, Batcher[I, R]]):
         return batcher
 
 
-def _tell(batch: list[Call[Any, R]], work: asyncio.Task[Sequence[R]]) -> None:
-    if work.cancelled():
+def _tell(batch: list[Call[Any, R]], outcome: Outcome[R]) -> None:
+    if isinstance(outcome, asyncio.CancelledError):
         for call in batch:
+            call.is_told = True
             call.answer.cancel()
-    elif (error := work.exception()) is not None:
+    elif isinstance(outcome, BaseException):
         for call in batch:
             # Each raises it with a traceback of its own.
-            _fail(call, copy.copy(error))
+            _fail(call, copy.copy(outcome))
     else:
-        for call, outcome in zip(batch, work.result(), strict=True):
+        for call, one in zip(batch, outcome, strict=True):
+            call.is_told = True
             if not call.answer.done():
-                call.answer.set_result(outcome)
+                call.answer.set_result(one)
 
 
 def _fail(call: Call[Any, Any], error: BaseException) -> None:
+    call.is_told = True
     if not call.answer.done():
         call.answer.set_exception(error)
         # Its caller may be gone.

@@ -9,7 +9,14 @@ import os
 import random
 import secrets
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +26,7 @@ from sheppy import BackendError
 from sqlalchemy import Engine
 from sqlalchemy.pool import StaticPool
 
+from ._connections import Connections
 from ._errors import (
     Fault,
     LockedError,
@@ -84,9 +92,14 @@ class Transaction:
     is_callers: ClassVar[bool] = False
     """Whether it goes on after what is done here, so that no setting may be left in it."""
 
-    async def rows(self, statement: Executable) -> Sequence[Any]:
-        """Rows, with the selected columns as attributes."""
-        return (await self.execute(statement)).all()
+    async def rows(
+        self, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> Sequence[Any]:
+        """Rows, with the selected columns as attributes.
+
+        `parameters`: of a statement that was made once and is carried out many times.
+        """
+        return (await self.execute(statement, parameters)).all()
 
     async def scalar(self, statement: Executable) -> Any:
         return (await self.execute(statement)).scalar()
@@ -95,8 +108,10 @@ class Transaction:
         """How many rows the statement changed."""
         return (await self.execute(statement)).rowcount
 
-    async def execute(self, statement: Executable) -> Result:
-        return await self.connection.execute(statement)
+    async def execute(
+        self, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> Result:
+        return await self.connection.execute(statement, parameters)
 
 
 _locks: weakref.WeakKeyDictionary[Engine, tuple[asyncio.AbstractEventLoop, asyncio.Lock]] = (
@@ -136,8 +151,11 @@ class Database:
         *,
         outage_grace: float,
         reached: bool = False,
+        keeps_connection: bool = False,
     ) -> None:
+        """`keeps_connection`: one stays out of the pool, which is nobody else's."""
         self.engine = engine
+        self._connections = Connections(engine, keeps=keeps_connection)
         self.tables = tables
         self.dialect = dialect
         self._outage_grace = outage_grace
@@ -228,14 +246,15 @@ class Database:
         operation: Callable[[Transaction], Awaitable[T]],
         *,
         patient: bool = True,
+        ended: Callable[[T | BaseException], None] | None = None,
     ) -> asyncio.Task[T]:
         """`start` for what changes rows by one statement, which needs no BEGIN and COMMIT.
 
-        Unless `patient`, LockedError where the statement's own lock timeout has ended it.
+        Unless `patient`, LockedError where the statement's own lock timeout has ended it. `ended`
+        hears of the end a moment earlier than the task's own callbacks, if it ever began.
         """
-        return self._start(
-            action, self._attempt(operation, write=True, single=True), patient=patient
-        )
+        attempt = self._attempt(operation, write=True, single=True)
+        return self._start(action, attempt, patient=patient, ended=ended)
 
     def check_turn(self, action: str) -> None:
         """BackendError where the caller would wait for a transaction of his own."""
@@ -263,6 +282,7 @@ class Database:
         """Refuse new operations, and drain."""
         self._closed = True
         await self.drain()
+        await self._connections.close()
 
     async def connect(self, action: str, engine: AsyncEngine) -> AsyncConnection:
         """A connection, as soon as there is one; for the caller to close."""
@@ -286,13 +306,19 @@ class Database:
         return self._write_turn if isinstance(self._write_turn, asyncio.Lock) else None
 
     def _start(
-        self, action: str, attempt: Callable[[bool], Awaitable[T]], *, patient: bool = True
+        self,
+        action: str,
+        attempt: Callable[[bool], Awaitable[T]],
+        *,
+        patient: bool = True,
+        ended: Callable[[T | BaseException], None] | None = None,
     ) -> asyncio.Task[T]:
         self.check_loop()
         if self._closed:
             raise BackendError(f"Failed to {action}: the backend was disconnected meanwhile")
         # A task of its own: a cancelled caller must not cut a commit in half.
-        return self.track(self._retry(action, attempt, patient=patient))
+        work = self._retry(action, attempt, patient=patient)
+        return self.track(work if ended is None else _telling(work, ended))
 
     def _close_unwanted(self, opening: asyncio.Task[AsyncConnection]) -> None:
         if not opening.cancelled() and opening.exception() is None:
@@ -377,24 +403,37 @@ class Database:
 
         async def attempt(repeated: bool) -> T:
             turn = self._write_turn if write else self._read_turn
-            async with turn, self.engine.connect() as connection:
+            async with turn:
+                connection = await self._connections.borrow()
                 try:
-                    await self.dialect.begin(connection, write=write, single=single)
+                    commits = await self.dialect.begin(connection, write=write, single=single)
                     transaction = Transaction(connection, self.tables, self.dialect, repeated)
                     outcome = await operation(transaction)
-                    await connection.commit()
-                    return outcome
-                except Exception as error:
+                    if commits:
+                        await connection.commit()
+                except BaseException as error:
                     # It may still answer, as a primary does that has become a standby.
-                    if is_driver_error(error) and fault(error) is Fault.OUTAGE:
-                        await connection.invalidate()
+                    is_dead = is_driver_error(error) and fault(error) is Fault.OUTAGE
+                    await self._connections.discard(connection, is_dead=is_dead)
                     raise
+                await self._connections.give_back(connection, as_it_was=not commits)
+                return outcome
 
         return attempt
 
 
 async def _connect(engine: AsyncEngine) -> AsyncConnection:
     return await engine.connect()
+
+
+async def _telling(work: Awaitable[T], ended: Callable[[T | BaseException], None]) -> T:
+    try:
+        outcome = await work
+    except BaseException as error:
+        ended(error)
+        raise
+    ended(outcome)
+    return outcome
 
 
 def _no_file() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ._batcher import LOCK_TIMEOUT, LONE_LOCK_TIMEOUT, Batchers
@@ -43,11 +43,16 @@ class Finisher:
         return await self._database.write(ACTION, finish, queue, row, token, ttl)
 
     def _finish_all(
-        self, queue: str, ended: Sequence[Ended], patient: bool
+        self,
+        queue: str,
+        ended: Sequence[Ended],
+        patient: bool,
+        tell: Callable[[Sequence[bool] | BaseException], None],
     ) -> asyncio.Task[Sequence[bool]]:
         lock_timeout = LONE_LOCK_TIMEOUT if patient else LOCK_TIMEOUT
         return self._database.start_statement(
             ACTION,
             lambda tx: claim_store.finish_all(tx, queue, ended, lock_timeout=lock_timeout),
             patient=False,
+            ended=tell,
         )

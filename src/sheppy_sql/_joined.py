@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
@@ -44,8 +44,10 @@ class JoinedTransaction(Transaction):
 
     is_callers = True
 
-    async def execute(self, statement: Executable) -> Result:
-        return await self.connection.execute(statement, execution_options=AS_WRITTEN)
+    async def execute(
+        self, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> Result:
+        return await self.connection.execute(statement, parameters, execution_options=AS_WRITTEN)
 
 
 class JoinedDatabase:

@@ -170,7 +170,13 @@ class Session:
                 connect_timeout=options.connect_timeout,
             )
             engine = create_engine()
-        database = Database(engine, tables, dialect, outage_grace=options.outage_grace)
+        database = Database(
+            engine,
+            tables,
+            dialect,
+            outage_grace=options.outage_grace,
+            keeps_connection=create_engine is not None and not dialect.embedded,
+        )
         try:
             return await cls.on(
                 database,
@@ -181,6 +187,7 @@ class Session:
                 resume_workflow=resume_workflow,
             )
         except BaseException:
+            await database.close()
             if create_engine is not None:
                 await engine.dispose()
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from sheppy import BackendError
-from sqlalchemy import func, select
+from sqlalchemy import ClauseElement, func, select
 
 from . import _wakeups
 from ._callers import caller_of, give_up
@@ -71,7 +71,11 @@ class SynchronousTransaction(Transaction):
     connection: Link  # type: ignore[assignment]  # the stores see no more of it than `execute`
     is_callers = True
 
-    async def execute(self, statement: Executable) -> Result:
+    async def execute(
+        self, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> Result:
+        if parameters and isinstance(statement, ClauseElement):
+            statement = statement.params(parameters)
         return self.connection.execute(statement)
 
 

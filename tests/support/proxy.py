@@ -18,8 +18,8 @@ LENGTH = struct.Struct("!I")  # of a message, itself included and its type byte 
 CODES = {"encryption": (80877103, 80877104), "cancel": (80877102,)}
 READ = 65_536  # bytes
 COMMIT = "COMMIT"
-WRITES = re.compile(r"\b(?:INSERT INTO|UPDATE|DELETE FROM) ")
-WRITTEN = ("INSERT", "UPDATE", "DELETE")  # how the tags of such statements begin
+WRITES = re.compile(r"\b(?:INSERT INTO|UPDATE|DELETE FROM) |_append\W")
+WRITTEN = ("INSERT", "UPDATE", "DELETE")  # how the tags of such statements begin, if not calls
 
 
 @dataclass
@@ -302,7 +302,8 @@ class _Link:
     def _answer(self, kind: bytes, body: bytes) -> Loss | None:
         if kind == b"C":  # CommandComplete: tag
             tag = body[:-1].decode()
-            commits = not self._in_block and tag.startswith(WRITTEN)
+            writes = tag.startswith(WRITTEN) or any(map(WRITES.search, self._statements[-1:]))
+            commits = not self._in_block and writes
             if commits or tag == COMMIT:
                 self._proxy.committed.append(list(self._statements))
             return self._loss(("answer",), tag, commits=commits)

@@ -96,12 +96,13 @@ def watch_commits(dialect: type[Dialect]) -> None:
 
     async def begin_deadly(
         self: Dialect, connection: AsyncConnection, *, write: bool, single: bool = False
-    ) -> None:
+    ) -> bool:
         # A statement that commits by itself has no moment before its commit; here it gets one.
-        await begin(self, connection, write=write, single=False)
+        ends = await begin(self, connection, write=write, single=False)
         moment = commits.get()
         if write and moment is not None:
             deadly[connection] = moment
+        return ends
 
     async def commit_deadly(self: AsyncConnection) -> None:
         moment = deadly.get(self)

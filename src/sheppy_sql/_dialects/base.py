@@ -51,10 +51,11 @@ class Dialect(ABC):
     @abstractmethod
     async def begin(
         self, connection: AsyncConnection, *, write: bool, single: bool = False
-    ) -> None:
+    ) -> bool:
         """Begin a transaction in which a later statement sees what committed meanwhile.
 
-        `single`: one statement writes, and may be a transaction by itself.
+        `single`: one statement writes, and may be a transaction by itself. Whether there is
+        anything to commit in the end.
         """
 
     @abstractmethod

@@ -56,6 +56,7 @@ class PostgreSQL(Dialect):
         self._reads_in_transactions = prepared_statements is not True
         # Until the server has told its default.
         self._writes_in_transactions = True
+        self._is_ours = False
 
     def create_engine(
         self, target: Target, *, pool_size: int, connect_timeout: float, grows: bool = False
@@ -63,6 +64,7 @@ class PostgreSQL(Dialect):
         logs.hide_rows()
         # Behind a pooler too: a lone statement of ours needs nothing of an earlier one there.
         self._reads_in_transactions = False
+        self._is_ours = True
         given = {"timeout": connect_timeout, **target.connect_args}
         engine = create_async_engine(
             target.url,
@@ -72,6 +74,8 @@ class PostgreSQL(Dialect):
             pool_pre_ping=grows,
             # A caller waits for its turn; the host's worker would end on an error.
             pool_timeout=None,
+            # What nearly all statements want; to set it each time costs as much as they do.
+            isolation_level="AUTOCOMMIT",
             # A message of SQLAlchemy's would otherwise quote payloads.
             hide_parameters=True,
             logging_name=logs.ENGINE,
@@ -122,17 +126,21 @@ class PostgreSQL(Dialect):
 
     async def begin(
         self, connection: AsyncConnection, *, write: bool, single: bool = False
-    ) -> None:
+    ) -> bool:
         # The engine may belong to the application, whose default may be stricter,
         # AUTOCOMMIT, or another schema. A lone statement needs no BEGIN and COMMIT, unless the
         # server's own default is stricter: it would fail where another one came in between.
         lone = not write or (single and not self._writes_in_transactions)
-        await connection.execution_options(
-            isolation_level=(
-                "AUTOCOMMIT" if lone and not self._reads_in_transactions else "READ COMMITTED"
-            ),
-            schema_translate_map=None,
-        )
+        commits = not lone or self._reads_in_transactions
+        if commits or not self._is_ours:
+            if connection.in_transaction():
+                # SQLAlchemy's, of a statement that has committed by itself.
+                await connection.rollback()
+            await connection.execution_options(
+                isolation_level="READ COMMITTED" if commits else "AUTOCOMMIT",
+                schema_translate_map=None,
+            )
+        return commits
 
     async def lend(self, connection: AsyncConnection) -> None:
         await connection.execution_options(isolation_level="READ COMMITTED")

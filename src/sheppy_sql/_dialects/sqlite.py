@@ -82,18 +82,19 @@ class SQLite(Dialect):
 
     async def begin(
         self, connection: AsyncConnection, *, write: bool, single: bool = False
-    ) -> None:
+    ) -> bool:
         # The driver's own BEGIN would be a deferred one, whose upgrade to a write
         # lock fails at once where another writer came in between.
         await connection.execution_options(isolation_level="AUTOCOMMIT", schema_translate_map=None)
         if not write:
-            return
+            return False
         await connection.begin()
         raw = await connection.get_raw_connection()
         if raw.driver_connection is not None and raw.driver_connection.in_transaction:
             # The application's engine has a listener that begins, as SQLAlchemy recommends.
             await connection.exec_driver_sql("ROLLBACK")
         await connection.exec_driver_sql("BEGIN IMMEDIATE")
+        return True
 
     async def lend(self, connection: AsyncConnection) -> None:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
