@@ -22,6 +22,7 @@ R = TypeVar("R")
 
 MOST_ITEMS = 500
 MOST_BYTES = 4 * 1024 * 1024
+"""Of one batch, unless it is told otherwise."""
 SINGLES = 2
 """Connections on which items go singly that were held up, while the next batch goes on."""
 
@@ -42,20 +43,31 @@ class Call(Generic[I, R]):
 class Batcher(Generic[I, R]):
     """One batch at a time, in the order of the calls."""
 
-    def __init__(self, start: Start[I, R]) -> None:
-        """`start(items, patient)` begins to write items, and tells of each how it ended.
+    def __init__(
+        self,
+        start: Start[I, R],
+        *,
+        most_items: int = MOST_ITEMS,
+        most_size: int = MOST_BYTES,
+        patience: float = CANCELLED_PATIENCE,
+    ) -> None:
+        """`start(items, patient)` begins with a batch, and tells of each item how it ended.
 
         It must not wait for a lock for long, or if `patient` a little longer: LockedError,
-        nothing being written.
+        nothing being written. A batch has at most so many items and such a size, in all, as
+        their callers gave. A cancelled caller waits `patience` seconds for his item's end.
         """
         self._start = start
+        self._most_items = most_items
+        self._most_size = most_size
+        self._patience = patience
         self._waiting: deque[Call[I, R]] = deque()
         self._held_up: deque[Call[I, R]] = deque()
         self._batch: asyncio.Task[Sequence[R]] | None = None
         self._singles: set[asyncio.Task[Sequence[R]]] = set()
 
     async def submit(self, key: str, item: I, size: int) -> R:
-        """How the item ended, once it is committed; `size` is in bytes.
+        """How the item ended, once it is committed; `size` as the batch is to be limited by.
 
         No two of the same key are in one batch.
         It may end so although the caller was cancelled.
@@ -68,7 +80,7 @@ class Batcher(Generic[I, R]):
         try:
             return await asyncio.shield(call.answer)
         except asyncio.CancelledError:
-            await asyncio.wait([call.answer], timeout=CANCELLED_PATIENCE)
+            await asyncio.wait([call.answer], timeout=self._patience)
             raise
 
     def _go_on(self) -> None:
@@ -84,9 +96,9 @@ class Batcher(Generic[I, R]):
     def _next_batch(self) -> list[Call[I, R]]:
         batch = [self._waiting.popleft()]
         size, keys = batch[0].size, {batch[0].key}
-        while self._waiting and len(batch) < MOST_ITEMS:
+        while self._waiting and len(batch) < self._most_items:
             size += self._waiting[0].size
-            if size > MOST_BYTES or self._waiting[0].key in keys:
+            if size > self._most_size or self._waiting[0].key in keys:
                 break
             keys.add(self._waiting[0].key)
             batch.append(self._waiting.popleft())
@@ -127,13 +139,18 @@ class Batcher(Generic[I, R]):
 class Batchers(dict[str, Batcher[I, R]]):
     """One for each queue, made when it is needed."""
 
-    def __init__(self, start: Callable[[str, Sequence[I], bool], asyncio.Task[Sequence[R]]]):
-        """`start` is told the queue as well."""
+    def __init__(
+        self,
+        start: Callable[[str, Sequence[I], bool], asyncio.Task[Sequence[R]]],
+        **limits: Any,
+    ) -> None:
+        """`start` is told the queue as well; `limits` are those of a Batcher."""
         super().__init__()
         self._start = start
+        self._limits = limits
 
     def __missing__(self, queue: str) -> Batcher[I, R]:
-        self[queue] = batcher = Batcher[I, R](partial(self._start, queue))
+        self[queue] = batcher = Batcher[I, R](partial(self._start, queue), **self._limits)
         return batcher
 
 

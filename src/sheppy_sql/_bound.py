@@ -16,6 +16,7 @@ from ._joined import AfterCommit, JoinedDatabase
 from ._producer import Producer
 from ._remover import Remover
 from ._viewer import Viewer
+from ._wakeups import Pace
 
 if TYPE_CHECKING:
     from ._payloads import Payload
@@ -127,7 +128,7 @@ class _Parts:
         # database, if the transaction is committed.
         self.producer = Producer(database, wakeups, Claims(), options, registers=False)
         self.remover = Remover(database, wakeups, options)
-        self.viewer = Viewer(database, ours.wakeups, options)
+        self.viewer = Viewer(database, ours.wakeups, Pace(options.max_poll_interval))
         self.definitions = Definitions(database, wakeups, options)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protoco
 
 from sheppy import BackendError
 from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import StaticPool
 
 from ._errors import (
@@ -32,7 +33,7 @@ from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
     from sqlalchemy import Executable
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from ._dialects import Dialect
     from .schema import Tables
@@ -211,8 +212,14 @@ class Database:
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """What `operation`, one statement that changes nothing, finds."""
+        return await self.outcome(self.start_read(action, operation, *args, **kwargs))
+
+    def start_read(
+        self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Task[T]:
+        """`read` under way."""
         attempt = self._attempt(lambda tx: operation(tx, *args, **kwargs), write=False)
-        return await self.outcome(self._start(action, attempt))
+        return self._start(action, attempt)
 
     def start(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
@@ -391,6 +398,21 @@ class Database:
                     raise
 
         return attempt
+
+
+def twin(engine: AsyncEngine) -> AsyncEngine:
+    """An engine that connects as another does, outside its pool, for whatever event loop."""
+    original = engine.sync_engine
+    # The pool's own recipe, so that what the application does on connecting is done here too.
+    return AsyncEngine(
+        Engine(
+            original.pool.recreate(),
+            original.dialect,
+            original.url,
+            logging_name=original.logging_name,
+            hide_parameters=True,
+        )
+    )
 
 
 async def _connect(engine: AsyncEngine) -> AsyncConnection:

@@ -24,10 +24,12 @@ from ._heart import BEATS_PER_LEASE, Heart
 from ._leases import Leases
 from ._leftovers import Leftovers
 from ._limiter import Limiter
+from ._listener import Line, Subscription
 from ._part import Part
 from ._process import this_process
 from ._producer import Producer
 from ._pruner import Pruner
+from ._reader import SharedReader
 from ._remover import Remover
 from ._storer import Storer
 from ._stores import installation as installation_store
@@ -98,6 +100,15 @@ class Session:
         self.options = options
         self.database = database
         self.wakeups = wakeups
+        self._subscription: Subscription | None = None
+        if not (passing or database.is_in_memory or options.notify == "off"):
+            self._subscription = Subscription(
+                Line.joined_by(database, wakeups, installation.name),
+                database,
+                options.max_poll_interval,
+                required=options.notify == "on",
+            )
+        pace = self._subscription or _wakeups.Pace(options.max_poll_interval)
         self.queues: set[str] = set()
         """From which tasks are taken."""
         self.storer = Storer(database, wakeups, claims, leftovers, options, queues=self.queues)
@@ -108,7 +119,7 @@ class Session:
             suspects,
             leftovers,
             self.storer,
-            options,
+            pace,
             queues=self.queues,
             owner=owner,
             begin=self._background.start,
@@ -116,7 +127,7 @@ class Session:
         )
         self.producer = Producer(database, wakeups, claims, options, registers=not passing)
         self.remover = Remover(database, wakeups, options)
-        self.viewer = Viewer(database, wakeups, options)
+        self.viewer = Viewer(database, wakeups, pace, SharedReader(database))
         self.definitions = Definitions(database, wakeups, options)
         self.limiter = Limiter(database, claims)
         self.completer = Completer(
@@ -226,6 +237,8 @@ class Session:
             self.database.engine.sync_engine.dispose(close=False)
         self.completer.abandon()
         self._background.abandon()
+        if self._subscription is not None:
+            self._subscription.abandon()
         # Never finalised: the generator's end would signal the parent's event loop.
         _abandoned.append(self._end)
 
@@ -245,9 +258,12 @@ class Session:
         finally:
             try:
                 await self._background.stop_parts()
+                self.viewer.close()
                 await self.consumer.stop()
                 await self._background.stop_heart()
                 await self.consumer.hand_back_all()
+                if self._subscription is not None:
+                    await self._subscription.close()
                 await self.database.close()
             finally:
                 await self.completer.close()

@@ -110,7 +110,7 @@ class Storer:
         self._claims.end(queue, task_id, token)
         if held_suspect and not self._claims.holds_suspect:
             # Other tasks may be taken again.
-            self._wakeups.wake([_wakeups.pending(queue) for queue in self._queues])
+            self._wakeups.wake_here([_wakeups.pending(queue) for queue in self._queues])
 
     async def _store_failure(self, queue: str, task: Payload, error: TooLargeError) -> None:
         """End a task whose result is too large as failed.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from .._wakeups import sleep_until
 from . import logs, poolers
 from .base import Dialect
 
@@ -45,6 +48,9 @@ KEEP_ALIVE = {
     "TCP_KEEPCNT": 3,
     "TCP_USER_TIMEOUT": 60_000,
 }
+
+LOOK_AFTER = 30.0  # seconds between two looks whether a silent connection is still there
+ANSWER = 10.0  # seconds for the answer
 
 
 class PostgreSQL(Dialect):
@@ -139,6 +145,35 @@ class PostgreSQL(Dialect):
 
     def begin_lent(self, connection: Connection) -> None:
         pass
+
+    async def hear(
+        self,
+        connection: AsyncConnection,
+        channel: str,
+        *,
+        ready: Callable[[], Awaitable[None]],
+        heard: Callable[[str | None], None],
+        wanted: Callable[[], Awaitable[None]],
+    ) -> None:
+        # The driver's own calls: they are in no transaction, which would hold notifications back.
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        lost = asyncio.Event()
+
+        def tell(_connection: object, _pid: int, _channel: str, payload: str) -> None:
+            heard(payload)
+
+        driver.add_termination_listener(lambda _: lost.set())
+        await driver.add_listener(channel, tell)
+        try:
+            await ready()
+            while not lost.is_set():
+                await sleep_until(lost, LOOK_AFTER)
+                if not lost.is_set():
+                    await driver.fetchval("SELECT 1", timeout=ANSWER)
+        finally:
+            # A pooler may give the server's side to somebody else.
+            if not driver.is_closed():
+                await driver.remove_listener(channel, tell)
 
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
         # Not clock_timestamp(): it is volatile, and no index is searched by it.
