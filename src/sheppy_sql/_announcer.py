@@ -17,6 +17,11 @@ PAUSE, LONGEST_PAUSE = 0.005, 0.02
 
 PostgreSQL lets one transaction of a database at a time commit that notifies.
 """
+QUIET = 0.01
+"""Seconds without a notification, after which a statement may carry the next one.
+
+It then holds for its commit what one transaction at a time can have, so not at every moment.
+"""
 MOST_MARKS = 60
 """In one notification, which so stays below 1,000 bytes."""
 
@@ -31,6 +36,7 @@ class Announcer:
         self._news: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self._sending: asyncio.Task[None] | None = None
         self._in_hurry = asyncio.Event()
+        self._sent_at = 0.0
 
     def announce(self, topics: Iterable[_wakeups.Topic]) -> None:
         """Send that something has come of these topics; in the event loop, and without waiting."""
@@ -48,6 +54,17 @@ class Announcer:
             # In a context of its own: it outlives whoever happens to start it.
             self._sending = contextvars.Context().run(loop.create_task, self._send_all())
 
+    def carry(self, topics: Iterable[_wakeups.Topic]) -> list[str] | None:
+        """The marks of topics for a statement to send with its commit; None: announce them later.
+
+        That is sooner than a statement of its own, and where much is sent, dearer.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._news or self._sending is not None or now - self._sent_at < QUIET:
+            return None
+        self._sent_at = now
+        return [_wakeups.mark(topic) for topic in topics]
+
     async def flush(self) -> None:
         """Return when all is sent that was announced."""
         self._in_hurry.set()
@@ -59,6 +76,7 @@ class Announcer:
         try:
             while self._news:
                 await self._send(self._take())
+                self._sent_at = asyncio.get_running_loop().time()
                 await _wakeups.sleep_until(self._in_hurry, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
         finally:

@@ -165,16 +165,27 @@ class SqlBackend(Calls):
         return self._session is not None and self._session.database.is_usable
 
     def bind(
-        self, session: AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection
+        self,
+        session: AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection,
+        *,
+        notify: bool = False,
     ) -> BoundBackend:
         """A backend that enqueues in the caller's transaction, for `Queue(backend.bind(session))`.
 
         What is enqueued, scheduled, cancelled or looked at through it happens on the session or
         connection: nobody sees it before that is committed, and it is gone if that is rolled
-        back. Workers are woken after the commit. The session must be on this backend's database,
-        by whatever engine. Raises ValueError where it is not an asynchronous one.
+        back. Workers are woken after the commit, by this process. The session must be on this
+        backend's database, by whatever engine.
+
+        Args:
+            session: An asynchronous one; else ValueError.
+            notify: Whether on PostgreSQL the transaction's own commit wakes the workers of other
+                processes. That is a little sooner, and also where this process dies right after
+                it. But commits that notify go one at a time in all of the database.
         """
-        return BoundBackend(session, connect=self._session_now)
+        if not isinstance(notify, bool):
+            raise ValueError("notify must be True or False")
+        return BoundBackend(session, connect=self._session_now, notify=notify)
 
     @asynccontextmanager
     async def complete(self, task: Task, queue: str | None = None) -> AsyncIterator[Completion]:

@@ -13,12 +13,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
 from sheppy import BackendError
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from ._errors import (
     Fault,
@@ -32,7 +34,7 @@ from ._errors import (
 from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
-    from sqlalchemy import Executable
+    from sqlalchemy import Connection, Executable
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from ._dialects import Dialect
@@ -98,6 +100,27 @@ class Transaction:
 
     async def execute(self, statement: Executable) -> Result:
         return await self.connection.execute(statement)
+
+    async def do(self, function: Callable[[Connection], T]) -> T:
+        """What a function returns that is given the connection."""
+        return await self.connection.run_sync(function)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTransaction(Transaction):
+    """One that is carried out in a single greenlet: a coroutine that waits for statements only.
+
+    Each step of an AsyncConnection has a greenlet of its own, and its end a task, which takes
+    as long as most statements.
+    """
+
+    connection: Connection  # type: ignore[assignment]  # the stores see no more than `execute`
+
+    async def execute(self, statement: Executable) -> Result:
+        return self.connection.execute(statement)
+
+    async def do(self, function: Callable[[Connection], T]) -> T:
+        return function(self.connection)
 
 
 _locks: weakref.WeakKeyDictionary[Engine, tuple[asyncio.AbstractEventLoop, asyncio.Lock]] = (
@@ -244,6 +267,15 @@ class Database:
             action, self._attempt(operation, write=True, single=True), patient=patient
         )
 
+    async def converse(
+        self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """`write` for what needs the AsyncConnection, or waits for more than its statements."""
+        attempt = self._attempt(
+            lambda tx: operation(tx, *args, **kwargs), write=True, converses=True
+        )
+        return await self.outcome(self._start(action, attempt))
+
     def check_turn(self, action: str) -> None:
         """BackendError where the caller would wait for a transaction of his own."""
         locked = locked_file()
@@ -379,25 +411,57 @@ class Database:
         *,
         write: bool,
         single: bool = False,
+        converses: bool = False,
     ) -> Callable[[bool], Awaitable[T]]:
         """One try at `operation` in a transaction of its own, to be called as often as needed."""
+        begin = partial(self.dialect.begin, write=write, single=single)
+        turn = self._write_turn if write else self._read_turn
 
         async def attempt(repeated: bool) -> T:
-            turn = self._write_turn if write else self._read_turn
-            async with turn, self.engine.connect() as connection:
-                try:
-                    await self.dialect.begin(connection, write=write, single=single)
-                    transaction = Transaction(connection, self.tables, self.dialect, repeated)
-                    outcome = await operation(transaction)
-                    await connection.commit()
-                    return outcome
-                except Exception as error:
-                    # It may still answer, as a primary does that has become a standby.
-                    if is_driver_error(error) and fault(error) is Fault.OUTAGE:
-                        await connection.invalidate()
-                    raise
+            async with turn:
+                return await greenlet_spawn(self._carry_out, begin, operation, repeated)
 
-        return attempt
+        async def conversation(repeated: bool) -> T:
+            async with turn, self.engine.connect() as connection:
+                await connection.run_sync(begin)
+                transaction = Transaction(connection, self.tables, self.dialect, repeated)
+                outcome = await operation(transaction)
+                await connection.commit()
+                return outcome
+
+        return conversation if converses else attempt
+
+    def _carry_out(
+        self,
+        begin: Callable[[Connection], None],
+        operation: Callable[[Transaction], Awaitable[T]],
+        repeated: bool,
+    ) -> T:
+        with self.engine.sync_engine.connect() as connection:
+            try:
+                begin(connection)
+                transaction = OwnTransaction(connection, self.tables, self.dialect, repeated)
+                outcome = run(operation(transaction))
+                connection.commit()
+            except Exception as error:
+                # It may still answer, as a primary does that has become a standby.
+                if is_driver_error(error) and fault(error) is Fault.OUTAGE:
+                    connection.invalidate()
+                raise
+            return outcome
+
+
+def run(waiting: Awaitable[T]) -> T:
+    """The outcome of a coroutine that waits for nothing, as its statements block."""
+    steps = waiting.__await__()
+    try:
+        next(steps)
+    except StopIteration as end:
+        outcome: T = end.value
+        return outcome
+    if hasattr(steps, "close"):
+        steps.close()
+    raise RuntimeError("Something of sheppy-sql waited where it must not; please report this")
 
 
 def twin(engine: AsyncEngine) -> AsyncEngine:

@@ -17,7 +17,7 @@ from ._announcer import Announcer
 from ._database import twin
 from ._errors import backend_error, is_driver_error
 from ._stores import notifications as notification_store
-from ._wakeups import Pace, Topic, Wakeups, sleep_until
+from ._wakeups import Notice, Pace, Topic, Wakeups, is_running, sleep_until
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -49,7 +49,7 @@ class Line:
         self._wakeups = wakeups
         self._loop = database.loop
         self._dialect = database.dialect
-        self._channel = notification_store.channel_of(installation)
+        self._installation = installation
         self._databases: list[Database] = []
         self._announcer = Announcer(self._send)
         self._listening: asyncio.Task[None] | None = None
@@ -73,10 +73,7 @@ class Line:
 
     @property
     def is_here(self) -> bool:
-        try:
-            return asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            return False
+        return is_running(self._loop)
 
     def announce(self, topics: Iterable[Topic]) -> None:
         # A file tells by itself that it has changed.
@@ -87,6 +84,11 @@ class Line:
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._announcer.announce, list(topics))
+
+    def carry(self, topics: Iterable[Topic]) -> Notice | None:
+        """What a statement may send with its commit, if it is to; see Announcer."""
+        marks = None if self._dialect.embedded else self._announcer.carry(topics)
+        return None if marks is None else self._notice(marks)
 
     def listen(self) -> None:
         """Have other processes' news come, from soon on; harmless where they do."""
@@ -149,7 +151,7 @@ class Line:
                 try:
                     await self._dialect.hear(
                         connection,
-                        self._channel,
+                        notification_store.channel_of(self._installation),
                         ready=self._prove,
                         heard=self._heard,
                         wanted=self._until_wanted,
@@ -195,20 +197,23 @@ class Line:
 
     async def _send(self, marks: list[str]) -> None:
         """Notify; what fails is lost, and costs others no more than time."""
-        text = notification_store.text_of(self._wakeups.id, marks)
+        notice = self._notice(marks)
         try:
             if not self._databases:  # they have left since
                 return
             database = self._databases[0]
             sending = database.start_statement(
                 "notify others",
-                lambda tx: notification_store.send(tx, self._channel, text),
+                lambda tx: notification_store.send(tx, notice),
             )
             # It is not worth to wait for the end of an outage.
             database.give_up(sending)
             await asyncio.shield(sending)
         except BackendError as error:
             logger.debug("%s", error)
+
+    def _notice(self, marks: list[str]) -> Notice:
+        return notification_store.notice_of(self._installation, self._wakeups.id, marks)
 
     def _complain(self, error: BackendError) -> None:
         # Of a connection that was lost only once no other is to be had.
@@ -237,6 +242,9 @@ class Subscription(Pace):
     @property
     def longest(self) -> float:
         return max(LONGEST_POLL, self._longest) if self.is_told else self._longest
+
+    def carry(self, topics: Iterable[Topic]) -> Notice | None:
+        return self._line.carry(topics)
 
     def begin(self) -> None:
         self._line.listen()

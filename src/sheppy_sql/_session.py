@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ from ._reader import SharedReader
 from ._remover import Remover
 from ._storer import Storer
 from ._stores import installation as installation_store
+from ._stores import notifications as notification_store
 from ._suspects import Suspects
 from ._sweeper import Sweeper
 from ._viewer import Viewer
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ._options import Options
     from ._stores.installation import Installation
     from ._sweeper import Resume
+    from ._wakeups import Notice, Topic
 
 logger = logging.getLogger("sheppy_sql")
 
@@ -98,6 +100,7 @@ class Session:
             parts.append(Part("renew leases", heart.beat_if_late, options.lease / BEATS_PER_LEASE))
         self._background = Background(heart, [] if passing else parts)
         self.options = options
+        self.installation = installation
         self.database = database
         self.wakeups = wakeups
         self._subscription: Subscription | None = None
@@ -111,7 +114,9 @@ class Session:
         pace = self._subscription or _wakeups.Pace(options.max_poll_interval)
         self.queues: set[str] = set()
         """From which tasks are taken."""
-        self.storer = Storer(database, wakeups, claims, leftovers, options, queues=self.queues)
+        self.storer = Storer(
+            database, wakeups, claims, leftovers, options, pace, queues=self.queues
+        )
         self.consumer = Consumer(
             database,
             wakeups,
@@ -222,6 +227,11 @@ class Session:
         await anext(session._end)
         return session
 
+    def notice_of(self, topics: Iterable[Topic]) -> Notice:
+        """What tells other processes of topics; this one hears of them without."""
+        marks = [_wakeups.mark(topic) for topic in topics]
+        return notification_store.notice_of(self.installation.name, self.wakeups.id, marks)
+
     async def close(self) -> None:
         """Finish what is under way, hand back what is claimed, then leave the database.
 
@@ -278,7 +288,7 @@ def _dialect(name: str, options: Options) -> Dialect:
 async def _check_server(tx: Transaction) -> float | None:
     """Seconds by which the server's clock is ahead of this machine's, if it has its own."""
     before = datetime.now(timezone.utc)
-    server_time = await tx.dialect.check_server(tx.connection)
+    server_time = await tx.do(tx.dialect.check_server)
     after = datetime.now(timezone.utc)
     if server_time is None:
         return None
@@ -290,7 +300,7 @@ async def _installation(database: Database, options: Options) -> Installation:
     found = await database.read("connect", _read_installation)
     outdated = found is None or found.version < SCHEMA_VERSION
     if outdated and (database.dialect.embedded or options.migrate):
-        await database.write("migrate the tables", _migrate, options)
+        await database.converse("migrate the tables", _migrate, options)
         found = await database.read("connect", _read_installation)
     found = installation_store.check(found)
     if found.version > SCHEMA_VERSION:

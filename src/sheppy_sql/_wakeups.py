@@ -19,7 +19,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
 Topic = tuple[str, ...]
@@ -144,10 +144,15 @@ class Wakeups:
         """Whether anybody waits for anything here."""
         return bool(self._waiters)
 
-    def wake(self, topics: Iterable[Topic]) -> None:
-        """Wake whoever waits for any of `topics`, in other processes as well."""
+    def wake(self, topics: Iterable[Topic], *, told: bool = False) -> None:
+        """Wake whoever waits for any of `topics`, in other processes as well.
+
+        `told`: those are notified already, by what was committed.
+        """
         topics = list(topics)
         self.wake_here(topics)
+        if told:
+            return
         # One for each database, of this event loop if it has one.
         chosen: dict[Hashable, Line] = {}
         for line in self.lines:
@@ -195,32 +200,68 @@ class Waiter:
     def __init__(self) -> None:
         self.topics: set[Topic] = set()
         self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
         self._signals: set[Topic] = set()
+        self._is_called = False
+        self._sleep: asyncio.Future[None] | None = None
 
     def wake(self, topic: Topic) -> None:
         """Callable from any thread."""
+        if is_running(self._loop):
+            self._signal(topic)
+            return
         # RuntimeError: the loop is closed, and nobody waits any longer.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._signal, topic)
 
     def poke(self) -> None:
         """End the sleep, without a signal."""
-        self._event.set()
+        self._is_called = True
+        if self._sleep is not None:
+            _end(self._sleep)
 
     def take_signals(self) -> set[Topic]:
         """What came since the last call; empty where time brought the waiter here."""
-        self._event.clear()
+        self._is_called = False
         signals, self._signals = self._signals, set()
         return signals
 
     async def wait(self, timeout: float) -> None:
         """Sleep until a signal or for `timeout` seconds."""
-        await sleep_until(self._event, timeout)
+        if self._is_called:
+            return
+        # No task and no Event: every step between a signal and a look is time that a task waits.
+        self._sleep = self._loop.create_future()
+        timer = self._loop.call_later(timeout, _end, self._sleep) if timeout < math.inf else None
+        try:
+            await self._sleep
+        finally:
+            self._sleep = None
+            if timer is not None:
+                timer.cancel()
 
     def _signal(self, topic: Topic) -> None:
         self._signals.add(topic)
-        self._event.set()
+        self.poke()
+
+
+def _end(sleep: asyncio.Future[None]) -> None:
+    if not sleep.done():
+        sleep.set_result(None)
+
+
+def is_running(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether an event loop is the one that runs here, in this thread."""
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+class Notice(NamedTuple):
+    """A notification as it is sent."""
+
+    channel: str
+    text: str
 
 
 class Pace:
@@ -244,6 +285,10 @@ class Pace:
 
     async def check(self) -> None:
         """BackendError where signals are to come, and are known not to."""
+
+    def carry(self, topics: Iterable[Topic]) -> Notice | None:
+        """What a statement is to send with its commit, if anything."""
+        return None
 
     def pauses(self) -> Iterator[float]:
         """Seconds to the next look, and to the next one after that, without end."""

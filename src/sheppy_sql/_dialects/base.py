@@ -45,13 +45,11 @@ class Dialect(ABC):
         """Have an engine of the application's end the transactions of what it gives up."""
 
     @abstractmethod
-    async def check_server(self, connection: AsyncConnection) -> datetime | None:
+    def check_server(self, connection: Connection) -> datetime | None:
         """The server's clock, None where it is this machine's; BackendError if it is unfit."""
 
     @abstractmethod
-    async def begin(
-        self, connection: AsyncConnection, *, write: bool, single: bool = False
-    ) -> None:
+    def begin(self, connection: Connection, *, write: bool, single: bool = False) -> None:
         """Begin a transaction in which a later statement sees what committed meanwhile.
 
         `single`: one statement writes, and may be a transaction by itself.

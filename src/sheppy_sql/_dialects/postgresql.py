@@ -89,18 +89,16 @@ class PostgreSQL(Dialect):
         # A server does that by itself.
         pass
 
-    async def check_server(self, connection: AsyncConnection) -> datetime | None:
-        version, standby, read_only, encoding, isolation, pid, now = (
-            await connection.execute(
-                select(
-                    func.current_setting("server_version_num"),
-                    func.pg_is_in_recovery(),
-                    func.current_setting("transaction_read_only"),
-                    func.current_setting("server_encoding"),
-                    func.current_setting("default_transaction_isolation"),
-                    func.pg_backend_pid(),
-                    func.clock_timestamp(type_=None),
-                )
+    def check_server(self, connection: Connection) -> datetime | None:
+        version, standby, read_only, encoding, isolation, pid, now = connection.execute(
+            select(
+                func.current_setting("server_version_num"),
+                func.pg_is_in_recovery(),
+                func.current_setting("transaction_read_only"),
+                func.current_setting("server_encoding"),
+                func.current_setting("default_transaction_isolation"),
+                func.pg_backend_pid(),
+                func.clock_timestamp(type_=None),
             )
         ).one()
         major = int(version) // 10_000
@@ -122,18 +120,16 @@ class PostgreSQL(Dialect):
             )
         self._writes_in_transactions = isolation not in MOVING_SNAPSHOTS
         if self._reads_in_transactions:
-            await self._check_pooler(connection, pid)
+            self._check_pooler(connection, pid)
         moment: datetime = now
         return moment
 
-    async def begin(
-        self, connection: AsyncConnection, *, write: bool, single: bool = False
-    ) -> None:
+    def begin(self, connection: Connection, *, write: bool, single: bool = False) -> None:
         # The engine may belong to the application, whose default may be stricter,
         # AUTOCOMMIT, or another schema. A lone statement needs no BEGIN and COMMIT, unless the
         # server's own default is stricter: it would fail where another one came in between.
         lone = not write or (single and not self._writes_in_transactions)
-        await connection.execution_options(
+        connection.execution_options(
             isolation_level=(
                 "AUTOCOMMIT" if lone and not self._reads_in_transactions else "READ COMMITTED"
             ),
@@ -194,12 +190,12 @@ class PostgreSQL(Dialect):
     def insert(self, table: Table) -> Insert:
         return insert(table)
 
-    async def _check_pooler(self, connection: AsyncConnection, pid: int) -> None:
+    def _check_pooler(self, connection: Connection, pid: int) -> None:
         """Find out what the application's engine is connected to, and whether it fits."""
-        driver = (await connection.get_raw_connection()).driver_connection
+        driver: Any = connection.connection.driver_connection
         if self._prepared_statements is None:
             self._reads_in_transactions = poolers.is_pooled(driver, pid)
-        if self._reads_in_transactions and not await poolers.is_fit(connection):
+        if self._reads_in_transactions and not poolers.is_fit(connection):
             raise BackendError(
                 "Failed to connect: behind a pooler such as PgBouncer the engine must not prepare "
                 f"statements; make it with {poolers.SETTINGS}, or say prepared_statements=True if "

@@ -77,7 +77,7 @@ class SQLite(Dialect):
         if not event.contains(engine.sync_engine, "invalidate", _roll_back):
             event.listen(engine.sync_engine, "invalidate", _roll_back)
 
-    async def check_server(self, connection: AsyncConnection) -> datetime | None:
+    def check_server(self, connection: Connection) -> datetime | None:
         version = tuple(int(part) for part in sqlite3.sqlite_version.split("."))
         if version < OLDEST_VERSION:
             oldest = ".".join(map(str, OLDEST_VERSION))
@@ -87,20 +87,18 @@ class SQLite(Dialect):
             )
         return None
 
-    async def begin(
-        self, connection: AsyncConnection, *, write: bool, single: bool = False
-    ) -> None:
+    def begin(self, connection: Connection, *, write: bool, single: bool = False) -> None:
         # The driver's own BEGIN would be a deferred one, whose upgrade to a write
         # lock fails at once where another writer came in between.
-        await connection.execution_options(isolation_level="AUTOCOMMIT", schema_translate_map=None)
+        connection.execution_options(isolation_level="AUTOCOMMIT", schema_translate_map=None)
         if not write:
             return
-        await connection.begin()
-        raw = await connection.get_raw_connection()
-        if raw.driver_connection is not None and raw.driver_connection.in_transaction:
+        connection.begin()
+        raw = connection.connection.driver_connection
+        if raw is not None and raw.in_transaction:
             # The application's engine has a listener that begins, as SQLAlchemy recommends.
-            await connection.exec_driver_sql("ROLLBACK")
-        await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            connection.exec_driver_sql("ROLLBACK")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     async def lend(self, connection: AsyncConnection) -> None:
         await connection.execution_options(isolation_level="AUTOCOMMIT")

@@ -5,12 +5,20 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Text, func, literal, select
+from sqlalchemy import Text, bindparam, func, literal, select
+from sqlalchemy.types import NullType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from sqlalchemy import ColumnElement
+
     from .._database import Transaction
+from .._wakeups import Notice
+
+# Built once: that takes as long as sending it.
+_NOTIFY = select(func.pg_notify(bindparam("channel", type_=Text), bindparam("text", type_=Text)))
+
 
 TO_ALL = "-"
 """In the place of a sender who wants to hear it himself."""
@@ -22,10 +30,16 @@ def channel_of(installation: str) -> str:
     return f"sheppy_sql_{digest}"
 
 
-def text_of(sender: str, marks: Iterable[str]) -> str:
-    return " ".join([sender, *marks])
+def notice_of(installation: str, sender: str, marks: Iterable[str]) -> Notice:
+    """Of topics, by their marks. There is no space in any of them."""
+    return Notice(channel_of(installation), " ".join([sender, *marks]))
 
 
-async def send(tx: Transaction, channel: str, text: str) -> None:
+async def send(tx: Transaction, notice: Notice) -> None:
     """Notify whoever listens, once the transaction is committed."""
-    await tx.execute(select(func.pg_notify(literal(channel, Text), literal(text, Text))))
+    await tx.execute(_NOTIFY.params(notice._asdict()))
+
+
+def call(notice: Notice) -> ColumnElement[None]:
+    """What sends it with the commit of a statement, if it is evaluated for any row there."""
+    return func.pg_notify(literal(notice.channel, Text), literal(notice.text, Text), type_=NullType)
