@@ -92,7 +92,7 @@ class Leases:
     async def _reclaim_from_unknown_now_and_then(self) -> None:
         if time.monotonic() < self._unknown_due:
             return
-        self._unknown_due = time.monotonic() + UNKNOWN_OWNERS_INTERVAL
+        self._unknown_due = time.monotonic() + min(UNKNOWN_OWNERS_INTERVAL, self._options.lease)
         if await _chores.take(
             self._database, "look for unknown workers", UNKNOWN_OWNERS, UNKNOWN_OWNERS_INTERVAL
         ):

@@ -80,6 +80,8 @@ class Producer:
         if not isinstance(tasks, (list, tuple)):
             raise ValueError(f"tasks must be a list, not {type(tasks).__name__}")
         rows = [encode_task(task, self._max_bytes) for task in tasks]
+        if not rows and queue in self._known_queues:
+            return []  # as the host's scheduler asks for every second
         if unique and (unit := _unit.for_children(self._wakeups, tasks)):
             held_back = await unit.take(self._database, queue, rows)
             if held_back is not None:
@@ -187,7 +189,8 @@ class Producer:
         )
         self._supersede(queue, held)
         self._known_queues.add(queue)
-        self._wakeups.wake([_wakeups.pending(queue)])
+        if rows:
+            self._wakeups.wake([_wakeups.pending(queue)])
 
     def _held(self, queue: str, rows: Iterable[TaskRow]) -> list[Held]:
         """What this instance holds of tasks now, before they are stored anew."""
