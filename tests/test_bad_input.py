@@ -229,6 +229,7 @@ async def test_ids_that_are_no_list_are_refused(backend: SqlBackend, bad: Any) -
         ("pool_size", [0, -1, 1.5, "1", None, True, 10**6]),
         ("connect_timeout", [0, -1, math.nan, math.inf, "1", None, True]),
         ("max_poll_interval", [0, -1, math.nan, math.inf, "1", None, True]),
+        ("notify", ["yes", "", "ON", None, True, 1]),
         ("resume_workflows_after", [0, -1, math.nan, math.inf, 1e300, "60", True]),
         ("outage_grace", [-1, math.nan, math.inf, "1", None, True]),
         ("lease", [0, 0.9, -1, math.nan, math.inf, 86_401, "1", None, True]),

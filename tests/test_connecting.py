@@ -166,7 +166,7 @@ async def test_a_direct_connection_keeps_statements(
     names = []
     for _ in range(2):
         async with engine.connect() as connection:
-            await dialect.begin(connection, write=False)
+            await connection.run_sync(dialect.begin, write=False)
             names.append((await connection.scalars(prepared)).all())
     await engine.dispose()
     assert len(names[0]) == 1
@@ -180,8 +180,8 @@ async def test_reads_of_an_engine_with_a_direct_connection_need_no_transaction(
     levels = []
     for _ in range(2):
         async with engine_of(private_server().url()).connect() as connection:
-            await dialect.begin(connection, write=False)
-            await dialect.check_server(connection)
+            await connection.run_sync(dialect.begin, write=False)
+            await connection.run_sync(dialect.check_server)
             assert connection.sync_connection is not None
             options = connection.sync_connection.get_execution_options()
             levels.append(options["isolation_level"])

@@ -14,7 +14,8 @@ VERSION = 3
 OLDEST_CODE = 1
 """Older code does without the function."""
 
-ARGUMENTS = "text, bigint, text, boolean, text[], text[], text[], text[], timestamptz[], bigint[]"
+ARRAYS = "text[], text[], text[], text[], timestamptz[], bigint[]"
+ARGUMENTS = f"text, bigint, text, boolean, {ARRAYS}, text, text"
 
 # Its statements each have a snapshot of their own: an INSERT that has waited for a task to end does
 # not see the result that has taken its place, the SELECT after it does. Asked again under the same
@@ -26,6 +27,8 @@ DECLARE
     lock_timeout ALIAS FOR $3;
     registers ALIAS FOR $4;
     ids ALIAS FOR $5;
+    channel ALIAS FOR $11;
+    notice ALIAS FOR $12;
     stored text[];
     taken text[];
 BEGIN
@@ -61,6 +64,9 @@ BEGIN
     IF cardinality(taken) > 0 THEN
         DELETE FROM {tasks} AS task
         WHERE task.queue = of_queue AND task.id = ANY (taken) AND task.append_token = token;
+    END IF;
+    IF channel IS NOT NULL THEN
+        PERFORM pg_notify(channel, notice);
     END IF;
     IF registers THEN
         INSERT INTO {queues} (name) VALUES (of_queue) ON CONFLICT DO NOTHING;

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
+from . import _wakeups
 from ._batcher import LOCK_TIMEOUT, LONE_LOCK_TIMEOUT, MOST_BYTES, MOST_KEYS, Batchers
 from ._database import new_token
 from ._stores import appends as append_store
@@ -18,11 +19,22 @@ if TYPE_CHECKING:
 
     from ._database import Database, Operations, Transaction
     from ._payloads import TaskRow
+    from ._wakeups import Notice, Topic
 
 ACTION = "append tasks"
 
-AppendNew = Callable[[str, Sequence["TaskRow"], bool], Awaitable[Collection[str]]]
-"""Of a queue the rows, no id twice, that were new to it, by id; True: make the queue known."""
+
+class Added(NamedTuple):
+    """What became of an append."""
+
+    ids: Collection[str]
+    """Of those that were new to the queue."""
+    told: bool
+    """Whether the other processes were told with it."""
+
+
+AppendNew = Callable[[str, Sequence["TaskRow"], bool], Awaitable[Added]]
+"""Append to a queue the rows, no id twice, that are new to it; True: make the queue known."""
 
 
 class Offer(NamedTuple):
@@ -35,11 +47,13 @@ class Offer(NamedTuple):
 class Appender:
     """Appends of one backend instance, which go together where one is under way."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, carry: Callable[[list[Topic]], Notice | None]) -> None:
+        """`carry` gives the notice that a statement is to send with its commit, if any."""
         self._database = database
-        self._batchers: Batchers[Offer, Collection[str]] = Batchers(self._append_all)
+        self._carry = carry
+        self._batchers: Batchers[Offer, Added] = Batchers(self._append_all)
 
-    async def append(self, queue: str, rows: Sequence[TaskRow], registers: bool) -> Collection[str]:
+    async def append(self, queue: str, rows: Sequence[TaskRow], registers: bool) -> Added:
         """As AppendNew says, once it is committed."""
         size = sum(len(row.payload) for row in rows)
         if len(rows) > MOST_KEYS or size > MOST_BYTES:
@@ -54,30 +68,39 @@ class Appender:
         queue: str,
         offers: Sequence[Offer],
         patient: bool,
-        tell: Callable[[Sequence[Collection[str]] | BaseException], None],
-    ) -> asyncio.Task[Sequence[Collection[str]]]:
+        tell: Callable[[Sequence[Added] | BaseException], None],
+    ) -> asyncio.Task[Sequence[Added]]:
         token = new_token()
         lock_timeout = LONE_LOCK_TIMEOUT if patient else LOCK_TIMEOUT
         rows = list(chain.from_iterable(offer.rows for offer in offers))
         registers = any(offer.registers for offer in offers)
+        notice = self._carry([_wakeups.pending(queue)]) if len(offers) == 1 else None
 
-        async def append(tx: Transaction) -> Sequence[Collection[str]]:
+        async def append(tx: Transaction) -> Sequence[Added]:
             if tx.dialect.embedded:
                 stored = await _add(tx, queue, rows, token, registers)
             else:
                 stored = await append_store.append(
-                    tx, queue, rows, token, registers=registers, lock_timeout=lock_timeout
+                    tx,
+                    queue,
+                    rows,
+                    token,
+                    registers=registers,
+                    lock_timeout=lock_timeout,
+                    notice=notice,
                 )
-            return [{row.id for row in offer.rows} & stored for offer in offers]
+            told = notice is not None
+            return [Added({row.id for row in offer.rows} & stored, told) for offer in offers]
 
         return self._database.start_statement(ACTION, append, patient=False, ended=tell)
 
 
 async def append_by_itself(
     database: Operations, queue: str, rows: Sequence[TaskRow], registers: bool
-) -> Collection[str]:
+) -> Added:
     """As AppendNew says, by a transaction of its own, or in the caller's."""
-    return await database.write(ACTION, _add, queue, rows, new_token(), registers)
+    ids = await database.write(ACTION, _add, queue, rows, new_token(), registers)
+    return Added(ids, told=False)
 
 
 async def _add(

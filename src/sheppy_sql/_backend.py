@@ -40,10 +40,16 @@ class SqlBackend(Calls):
         error_ttl: The same for failed, crashed and cancelled ones; "inherit" (default)
             for the same as `ttl`.
         max_payload_bytes: Largest task, result or workflow, as JSON. Default 64 MiB.
-        pool_size: Most connections this instance opens. Default 5. Ignored with an engine.
+        pool_size: Most connections for this instance's calls. Default 4. Ignored with an engine.
+            One more hears of notifications, once something waits, and one renews the lease.
         connect_timeout: Seconds to wait for a connection. Default 10. Ignored with an engine.
         max_poll_interval: Longest pause, in seconds, between two looks at the database
-            while waiting for a task or a result of another process. Default 0.25.
+            while waiting for a task or a result of another process. Default 0.25. Where
+            notifications are known to come it is 5, or this if that is longer.
+        notify: Whether processes tell each other of tasks and results, on PostgreSQL by
+            LISTEN and NOTIFY. "auto" (default): yes, and where no notification comes back,
+            as behind PgBouncer in transaction mode, looks go on instead. "on": whoever waits
+            gets BackendError there. "off": looks only.
         outage_grace: Seconds for which every call waits for a database that is gone to
             come back, before it raises BackendError. Default 60.
         lease: Seconds after which the tasks of a worker that died are taken by others,
@@ -75,9 +81,10 @@ class SqlBackend(Calls):
         ttl: float | None = DEFAULT_TTL,
         error_ttl: float | str | None = INHERIT,
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
-        pool_size: int = 5,
+        pool_size: int = 4,
         connect_timeout: float = 10.0,
         max_poll_interval: float = 0.25,
+        notify: str = "auto",
         outage_grace: float = 60.0,
         lease: float = 60.0,
         max_loop_stall: float | None = None,
@@ -100,6 +107,7 @@ class SqlBackend(Calls):
             pool_size=pool_size,
             connect_timeout=connect_timeout,
             max_poll_interval=max_poll_interval,
+            notify=notify,
             outage_grace=outage_grace,
             lease=lease,
             max_loop_stall=max_loop_stall,
@@ -157,16 +165,27 @@ class SqlBackend(Calls):
         return self._session is not None and self._session.database.is_usable
 
     def bind(
-        self, session: AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection
+        self,
+        session: AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection,
+        *,
+        notify: bool = False,
     ) -> BoundBackend:
         """A backend that enqueues in the caller's transaction, for `Queue(backend.bind(session))`.
 
         What is enqueued, scheduled, cancelled or looked at through it happens on the session or
         connection: nobody sees it before that is committed, and it is gone if that is rolled
-        back. Workers are woken after the commit. The session must be on this backend's database,
-        by whatever engine. Raises ValueError where it is not an asynchronous one.
+        back. Workers are woken after the commit, by this process. The session must be on this
+        backend's database, by whatever engine.
+
+        Args:
+            session: An asynchronous one; else ValueError.
+            notify: Whether on PostgreSQL the transaction's own commit wakes the workers of other
+                processes. That is a little sooner, and also where this process dies right after
+                it. But commits that notify go one at a time in all of the database.
         """
-        return BoundBackend(session, connect=self._session_now)
+        if not isinstance(notify, bool):
+            raise ValueError("notify must be True or False")
+        return BoundBackend(session, connect=self._session_now, notify=notify)
 
     @asynccontextmanager
     async def complete(self, task: Task, queue: str | None = None) -> AsyncIterator[Completion]:

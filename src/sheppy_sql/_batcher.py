@@ -22,6 +22,7 @@ R = TypeVar("R")
 
 MOST_KEYS = 1000
 MOST_BYTES = 4 * 1024 * 1024
+"""Of one batch, unless it is told otherwise."""
 LOCK_TIMEOUT = 0.05
 """Seconds for which items that go together wait for a row that somebody else has locked."""
 LONE_LOCK_TIMEOUT = 0.2
@@ -49,20 +50,32 @@ class Call(Generic[I, R]):
 class Batcher(Generic[I, R]):
     """One batch at a time, in the order of the calls."""
 
-    def __init__(self, start: Start[I, R]) -> None:
-        """`start(items, patient, ended)` begins to write items, and tells `ended` how each did.
+    def __init__(
+        self,
+        start: Start[I, R],
+        *,
+        most_keys: int = MOST_KEYS,
+        most_size: int = MOST_BYTES,
+        patience: float = CANCELLED_PATIENCE,
+    ) -> None:
+        """`start(items, patient, ended)` begins with a batch; its outcome is how each item ended.
 
         It must not wait for a lock for long, or if `patient` a little longer: LockedError,
-        nothing being written.
+        nothing being written. A batch has at most so many keys and such a size, in all, as
+        their callers gave. A cancelled caller waits `patience` seconds for his item's end. It may
+        tell `ended` of the outcome a moment before it is done.
         """
         self._start = start
+        self._most_keys = most_keys
+        self._most_size = most_size
+        self._patience = patience
         self._waiting: deque[Call[I, R]] = deque()
         self._held_up: deque[Call[I, R]] = deque()
         self._in_flight = False
         self._singles = 0
 
     async def submit(self, keys: Collection[str], item: I, size: int) -> R:
-        """How the item ended, once it is committed; `size` is in bytes.
+        """How the item ended, once it is committed; `size` as the batch is to be limited by.
 
         No two with a key in common are in one batch.
         It may end so although the caller was cancelled.
@@ -77,7 +90,7 @@ class Batcher(Generic[I, R]):
             if not call.is_told:
                 # The first one was cancelled with its caller.
                 call.answer = loop.create_future()
-                await asyncio.wait([call.answer], timeout=CANCELLED_PATIENCE)
+                await asyncio.wait([call.answer], timeout=self._patience)
             raise
 
     def _go_on(self) -> None:
@@ -94,7 +107,7 @@ class Batcher(Generic[I, R]):
         while self._waiting:
             call = self._waiting[0]
             size += call.size
-            too_much = size > MOST_BYTES or len(keys) + len(call.keys) > MOST_KEYS
+            too_much = size > self._most_size or len(keys) + len(call.keys) > self._most_keys
             if too_much or not keys.isdisjoint(call.keys):
                 break
             keys.update(call.keys)
@@ -116,9 +129,8 @@ class Batcher(Generic[I, R]):
         except Exception as error:  # noqa: BLE001  # it is the callers'
             _tell(batch, error)
             return False
-        # Told from within the work, as one more turn of the event loop would be felt; but what
-        # is cancelled before it begins tells nothing.
-        work.add_done_callback(lambda _: tell(asyncio.CancelledError()))
+        # If the work has not told it itself, for which one turn of the event loop less is needed.
+        work.add_done_callback(lambda work: tell(_outcome(work)))
         return True
 
     def _batch_ended(self, batch: list[Call[I, R]], outcome: Outcome[R]) -> None:
@@ -145,15 +157,24 @@ class Batchers(dict[str, Batcher[I, R]]):
     """One for each queue, made when it is needed."""
 
     def __init__(
-        self, start: Callable[[str, Sequence[I], bool, Ended[R]], asyncio.Task[Any]]
+        self,
+        start: Callable[[str, Sequence[I], bool, Ended[R]], asyncio.Task[Any]],
+        **limits: Any,
     ) -> None:
-        """`start` is told the queue as well."""
+        """`start` is told the queue as well; `limits` are those of a Batcher."""
         super().__init__()
         self._start = start
+        self._limits = limits
 
     def __missing__(self, queue: str) -> Batcher[I, R]:
-        self[queue] = batcher = Batcher[I, R](partial(self._start, queue))
+        self[queue] = batcher = Batcher[I, R](partial(self._start, queue), **self._limits)
         return batcher
+
+
+def _outcome(work: asyncio.Task[Sequence[R]]) -> Outcome[R]:
+    if work.cancelled():
+        return asyncio.CancelledError()
+    return work.exception() or work.result()
 
 
 def _tell(batch: list[Call[Any, R]], outcome: Outcome[R]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sheppy import BackendError
 
 from . import _wakeups
+from ._crowd import Crowd
 from ._database import CANCELLED_PATIENCE, new_token
 from ._payloads import Payload, decode
 from ._retries import LONGEST_DELAY
@@ -23,12 +25,23 @@ if TYPE_CHECKING:
     from ._claims import Claims
     from ._database import Database, Transaction
     from ._leftovers import Leftovers
-    from ._options import Options
     from ._storer import Storer
     from ._suspects import Suspects
-    from ._wakeups import Wakeups
+    from ._wakeups import Pace, Topic, Wakeups
 
 logger = logging.getLogger("sheppy_sql")
+
+
+RECENTLY = 0.25
+"""Seconds for which nobody looks again into a queue that was empty, where nothing was heard of."""
+
+
+class Emptiness(NamedTuple):
+    """A look that found nothing."""
+
+    at: float
+    serial: int
+    """Of the signals: another one now means that there was one since."""
 
 
 class Consumer:
@@ -42,7 +55,7 @@ class Consumer:
         suspects: Suspects,
         leftovers: Leftovers,
         storer: Storer,
-        options: Options,
+        pace: Pace,
         *,
         queues: set[str],
         owner: str,
@@ -58,7 +71,7 @@ class Consumer:
         self._queues = queues
         self._database = database
         self._wakeups = wakeups
-        self._options = options
+        self._pace = pace
         self._owner = owner
         self._begin = begin
         self._host_decides = host_decides
@@ -68,6 +81,8 @@ class Consumer:
         self._taking_suspect = False
         self._leftovers = leftovers
         self._storer = storer
+        self._crowd = Crowd(wakeups)
+        self._empty: dict[str, Emptiness] = {}
         self._active = False
         self._closed = False
 
@@ -77,27 +92,53 @@ class Consumer:
         count, seconds = check_limit(limit, "limit"), check_timeout(timeout)
         if count <= 0:
             return []
+        wait = _wakeups.wait_seconds(seconds, zero_means_forever=False)
+        if wait > 0:
+            await self._pace.check()
         await self._start()
         self._queues.add(queue)
         has_looked = False
 
-        async def look(_: object) -> list[Payload] | None:
+        async def look(signals: set[Topic]) -> list[Payload] | None:
             nonlocal has_looked
-            taken = await self._take(queue, count)
-            if taken is None and not has_looked:
-                has_looked = True
+            is_called = _wakeups.pending(queue) in signals
+            seen = Emptiness(time.monotonic(), self._wakeups.serial)
+            if is_called and await self._crowd.give_way(queue):
+                waiter.take_signals()
+            # Where it has just been empty, or others are as likely to be first.
+            look_first = queue in self._empty and not (is_called and self._crowd.is_alone(queue))
+            taken = await self._take(queue, count, look_first=look_first)
+            if is_called:
+                self._crowd.saw(queue, found=taken is not None)
+            if taken is None and not has_looked and not (wait and self._suspects.seen_lately):
                 # Once a call: whoever finds the queue empty may believe it.
-                return await self._take_unseen_suspect(queue)
+                taken = await self._take_unseen_suspect(queue)
+            has_looked = True
+            if taken is None:
+                self._empty[queue] = seen
+            else:
+                self._empty.pop(queue, None)
             return taken
 
         with self._wakeups.waiting([_wakeups.pending(queue)]) as waiter:
             taken = await _wakeups.poll(
                 look,
                 waiter,
-                timeout=_wakeups.wait_seconds(seconds, zero_means_forever=False),
-                max_interval=self._options.max_poll_interval,
+                timeout=wait,
+                pace=self._pace,
+                look_first=not (wait and self._is_known_empty(queue)),
             )
         return taken or []
+
+    def _is_known_empty(self, queue: str) -> bool:
+        """Whether a look just now has found nothing, and nothing has been heard of since."""
+        seen = self._empty.get(queue)
+        return (
+            seen is not None
+            and self._pace.is_told
+            and seen.serial == self._wakeups.serial
+            and time.monotonic() - seen.at < RECENTLY
+        )
 
     async def acknowledge(self, queue: str, ids: Sequence[str]) -> None:
         """End this instance's claims on tasks, leaving them as they are stored."""
@@ -142,6 +183,7 @@ class Consumer:
     async def stop(self) -> None:
         """Take nothing more; whoever waits for tasks gets an error."""
         self._closed = True
+        self._wakeups.wake_here([_wakeups.pending(queue) for queue in self._queues])
         # A cancelled pop may have claimed and not yet have come to hear of it.
         await self._database.drain()
 
@@ -167,7 +209,7 @@ class Consumer:
         await consumer_store.remove(tx, self._owner)
         return queues
 
-    async def _take(self, queue: str, limit: int) -> list[Payload] | None:
+    async def _take(self, queue: str, limit: int, *, look_first: bool) -> list[Payload] | None:
         await self._begin()
         if self._closed:
             raise BackendError("Failed to take tasks: the backend was disconnected meanwhile")
@@ -183,7 +225,7 @@ class Consumer:
                 return taken
         elif choice is Choice.NOTHING:
             return None
-        return await self._claim(queue, limit, suspects=False)
+        return await self._claim(queue, limit, suspects=False, look_first=look_first)
 
     async def _take_unseen_suspect(self, queue: str) -> list[Payload] | None:
         """A suspect of which this instance has not heard yet, if it may take one."""
@@ -199,11 +241,14 @@ class Consumer:
         """Whether this instance holds nothing, and is about to hold nothing."""
         return not self._taking and not self._claims.any_held
 
-    async def _claim(self, queue: str, limit: int, *, suspects: bool) -> list[Payload] | None:
+    async def _claim(
+        self, queue: str, limit: int, *, suspects: bool, look_first: bool = False
+    ) -> list[Payload] | None:
         self._taking += 1
         self._taking_suspect |= suspects
         try:
-            if self._database.dialect.embedded and not await self._database.read(
+            look_first |= self._database.dialect.embedded
+            if look_first and not await self._database.read(
                 "look for tasks", claim_store.has_pending, queue, suspects=suspects
             ):
                 return None

@@ -20,11 +20,14 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
 from sheppy import BackendError
 from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from ._connections import Connections
 from ._errors import (
@@ -39,8 +42,8 @@ from ._errors import (
 from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
-    from sqlalchemy import Executable
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy import Connection, Executable
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from ._dialects import Dialect
     from .schema import Tables
@@ -113,6 +116,29 @@ class Transaction:
     ) -> Result:
         return await self.connection.execute(statement, parameters)
 
+    async def do(self, function: Callable[[Connection], T]) -> T:
+        """What a function returns that is given the connection."""
+        return await self.connection.run_sync(function)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTransaction(Transaction):
+    """One that is carried out in a single greenlet: a coroutine that waits for statements only.
+
+    Each step of an AsyncConnection has a greenlet of its own, and its end a task, which takes
+    as long as most statements.
+    """
+
+    connection: Connection  # type: ignore[assignment]  # the stores see no more than `execute`
+
+    async def execute(
+        self, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> Result:
+        return self.connection.execute(statement, parameters)
+
+    async def do(self, function: Callable[[Connection], T]) -> T:
+        return function(self.connection)
+
 
 _locks: weakref.WeakKeyDictionary[Engine, tuple[asyncio.AbstractEventLoop, asyncio.Lock]] = (
     weakref.WeakKeyDictionary()
@@ -151,11 +177,11 @@ class Database:
         *,
         outage_grace: float,
         reached: bool = False,
-        keeps_connection: bool = False,
+        is_ours: bool = False,
     ) -> None:
-        """`keeps_connection`: one stays out of the pool, which is nobody else's."""
+        """`is_ours`: nobody else takes connections from the engine."""
         self.engine = engine
-        self._connections = Connections(engine, keeps=keeps_connection)
+        self._connections = Connections(engine, keeps=is_ours and not dialect.embedded)
         self.tables = tables
         self.dialect = dialect
         self._outage_grace = outage_grace
@@ -229,8 +255,14 @@ class Database:
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """What `operation`, one statement that changes nothing, finds."""
+        return await self.outcome(self.start_read(action, operation, *args, **kwargs))
+
+    def start_read(
+        self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Task[T]:
+        """`read` under way."""
         attempt = self._attempt(lambda tx: operation(tx, *args, **kwargs), write=False)
-        return await self.outcome(self._start(action, attempt))
+        return self._start(action, attempt)
 
     def start(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
@@ -255,6 +287,15 @@ class Database:
         """
         attempt = self._attempt(operation, write=True, single=True)
         return self._start(action, attempt, patient=patient, ended=ended)
+
+    async def converse(
+        self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """`write` for what needs the AsyncConnection, or waits for more than its statements."""
+        attempt = self._attempt(
+            lambda tx: operation(tx, *args, **kwargs), write=True, converses=True
+        )
+        return await self.outcome(self._start(action, attempt))
 
     def check_turn(self, action: str) -> None:
         """BackendError where the caller would wait for a transaction of his own."""
@@ -398,28 +439,67 @@ class Database:
         *,
         write: bool,
         single: bool = False,
+        converses: bool = False,
     ) -> Callable[[bool], Awaitable[T]]:
         """One try at `operation` in a transaction of its own, to be called as often as needed."""
+        begin = partial(self.dialect.begin, write=write, single=single)
+        turn = self._write_turn if write else self._read_turn
 
         async def attempt(repeated: bool) -> T:
-            turn = self._write_turn if write else self._read_turn
             async with turn:
-                connection = await self._connections.borrow()
-                try:
-                    commits = await self.dialect.begin(connection, write=write, single=single)
-                    transaction = Transaction(connection, self.tables, self.dialect, repeated)
-                    outcome = await operation(transaction)
-                    if commits:
-                        await connection.commit()
-                except BaseException as error:
-                    # It may still answer, as a primary does that has become a standby.
-                    is_dead = is_driver_error(error) and fault(error) is Fault.OUTAGE
-                    await self._connections.discard(connection, is_dead=is_dead)
-                    raise
-                await self._connections.give_back(connection, as_it_was=not commits)
+                return await greenlet_spawn(self._carry_out, begin, operation, repeated)
+
+        async def conversation(repeated: bool) -> T:
+            async with turn, self.engine.connect() as connection:
+                await connection.run_sync(begin)
+                transaction = Transaction(connection, self.tables, self.dialect, repeated)
+                outcome = await operation(transaction)
+                await connection.commit()
                 return outcome
 
-        return attempt
+        return conversation if converses else attempt
+
+    def _carry_out(
+        self,
+        begin: Callable[[Connection], bool],
+        operation: Callable[[Transaction], Awaitable[T]],
+        repeated: bool,
+    ) -> T:
+        with self._connections.lend() as connection:
+            commits = begin(connection)
+            transaction = OwnTransaction(connection, self.tables, self.dialect, repeated)
+            outcome = run(operation(transaction))
+            if commits:
+                connection.commit()
+            return outcome
+
+
+def run(waiting: Awaitable[T]) -> T:
+    """The outcome of a coroutine that waits for nothing, as its statements block."""
+    steps = waiting.__await__()
+    try:
+        next(steps)
+    except StopIteration as end:
+        outcome: T = end.value
+        return outcome
+    if hasattr(steps, "close"):
+        steps.close()
+    raise RuntimeError("Something of sheppy-sql waited where it must not; please report this")
+
+
+def twin(engine: AsyncEngine) -> AsyncEngine:
+    """An engine that connects as another does, outside its pool, for whatever event loop."""
+    original = engine.sync_engine
+    # The pool's own recipe, so that what the application does on connecting is done here too.
+    return AsyncEngine(
+        Engine(
+            original.pool.recreate(),
+            original.dialect,
+            original.url,
+            logging_name=original.logging_name,
+            hide_parameters=True,
+        )
+    )
 
 
 async def _connect(engine: AsyncEngine) -> AsyncConnection:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sheppy import BackendError
@@ -44,7 +45,7 @@ _turn = threading.Lock()
 async def connected(url: str | URL, operation: Callable[[Connection], T], *, action: str) -> T:
     """What `operation` returns, once committed."""
     async with opened(url, action) as (engine, dialect), engine.connect() as connection:
-        await dialect.begin(connection, write=not dialect.embedded)
+        await connection.run_sync(partial(dialect.begin, write=not dialect.embedded))
         async with alone():
             outcome = await connection.run_sync(operation)
         await connection.commit()
@@ -78,7 +79,7 @@ async def _migrated_once(
     check: Callable[[Connection], None],
 ) -> None:
     async with _turn_of(engine, dialect), engine.connect() as connection:
-        await dialect.begin(connection, write=True)
+        await connection.run_sync(partial(dialect.begin, write=True))
         await connection.run_sync(check)
         if not dialect.embedded:
             # Alembic begins and commits by itself: it has to, around an index that is built
@@ -98,7 +99,7 @@ async def _turn_of(engine: AsyncEngine, dialect: Dialect) -> AsyncIterator[None]
     # On a connection of its own, since the migration commits on the way. Not a lock of the
     # session, which a pooler would give to others.
     async with engine.connect() as guard:
-        await dialect.begin(guard, write=True)
+        await guard.run_sync(partial(dialect.begin, write=True))
         await take_turn(guard)
         await guard.execute(text("SET LOCAL idle_in_transaction_session_timeout TO 0"))
         yield

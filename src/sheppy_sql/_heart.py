@@ -17,16 +17,16 @@ import weakref
 from typing import TYPE_CHECKING
 
 from sheppy import BackendError
-from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from ._database import Database
+from ._database import Database, twin
 from ._process import Process
 from ._stores import consumers as consumer_store
 from ._stores.consumers import Policy
 from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
     from ._options import Options
 
 logger = logging.getLogger("sheppy_sql")
@@ -155,7 +155,7 @@ class Heart:
     async def _beat_until_it_fails(self, stopping: asyncio.Event) -> str | None:
         """Of what it failed, if it did not get stuck."""
         try:
-            await self._beat_on(_twin(self._database.engine), stopping)
+            await self._beat_on(twin(self._database.engine), stopping)
         except Exception as error:  # noqa: BLE001  # whatever it is, the next beat must come
             return str(error)
         return None
@@ -207,21 +207,6 @@ class Heart:
             loop_idle=idle,
         )
         self._beaten = max(self._beaten, began)
-
-
-def _twin(engine: AsyncEngine) -> AsyncEngine:
-    """An engine that connects as another does, for another event loop."""
-    original = engine.sync_engine
-    # The pool's own recipe, so that what the application does on connecting is done here too.
-    return AsyncEngine(
-        Engine(
-            original.pool.recreate(),
-            original.dialect,
-            original.url,
-            logging_name=original.logging_name,
-            hide_parameters=True,
-        )
-    )
 
 
 def _stop_all() -> None:

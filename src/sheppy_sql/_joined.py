@@ -121,6 +121,7 @@ class AfterCommit:
     def __init__(self, wakeups: Wakeups) -> None:
         self._wakeups = wakeups
         self._topics: set[Topic] = set()
+        self._told: set[Topic] = set()
 
     @classmethod
     def of(cls, session: AsyncSession | AsyncConnection, wakeups: Wakeups) -> AfterCommit:
@@ -145,8 +146,9 @@ class AfterCommit:
                 event.listen(target, "after_rollback", signals._forget)
         return known[id(wakeups)]
 
-    def wake(self, topics: Iterable[Topic]) -> None:
-        self._topics.update(topics)
+    def wake(self, topics: Iterable[Topic], *, told: bool = False) -> None:
+        """`told`: the transaction itself notifies the other processes."""
+        (self._told if told else self._topics).update(topics)
 
     def _after_commit(self, session: SyncSession) -> None:
         if not session.in_nested_transaction():
@@ -154,7 +156,9 @@ class AfterCommit:
 
     def _at_commit(self, connection: Connection) -> None:
         # A connection tells before its commit: looked at too early, nothing would be there.
-        if self._topics and (transaction := connection.get_transaction()) is not None:
+        if (self._topics or self._told) and (
+            transaction := connection.get_transaction()
+        ) is not None:
             self._send_after(transaction)
 
     def _send_after(self, transaction: RootTransaction) -> None:
@@ -165,10 +169,14 @@ class AfterCommit:
 
     def _send(self) -> None:
         topics, self._topics = self._topics, set()
-        self._wakeups.wake(topics)
+        told, self._told = self._told, set()
+        if topics:
+            self._wakeups.wake(topics)
+        self._wakeups.wake(told, told=True)
 
     def _forget(self, _: object) -> None:
         self._topics.clear()
+        self._told.clear()
 
 
 def _commits_by_itself(adapted: Any, driver: Any, *, embedded: bool) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import _wakeups
+from . import _chores, _wakeups
 from ._payloads import Payload, decode, encode_task, failure_of
 from ._process import is_gone
-from ._stores import chores as chore_store
 from ._stores import claims as claim_store
 from ._stores import consumers as consumer_store
 from ._stores.consumers import Policy
@@ -61,6 +61,7 @@ class Leases:
         self._process = process
         self._owner = owner
         self._host_decides = host_decides
+        self._unknown_due = 0.0
         self.interval = min(options.lease / CHECKS_PER_LEASE, LONGEST_INTERVAL)
 
     async def reclaim(self) -> None:
@@ -71,17 +72,11 @@ class Leases:
         # Nobody outlives another in memory, and nobody gives signs of life there.
         if not self._host_decides and not self._database.is_in_memory:
             await self._reclaim_from_known()
-            if await self._database.write(
-                "look for unknown workers",
-                chore_store.take,
-                UNKNOWN_OWNERS,
-                UNKNOWN_OWNERS_INTERVAL,
-            ):
-                await self._reclaim_from_unknown()
+            await self._reclaim_from_unknown_now_and_then()
         queues = await self._database.read("look for suspects", claim_store.get_suspect_queues)
         self._suspects.saw(queues)
         # Whoever waits here may be the one that is free for them.
-        self._wakeups.wake([_wakeups.pending(queue) for queue in queues])
+        self._wakeups.wake_here([_wakeups.pending(queue) for queue in queues])
 
     async def _reclaim_from_known(self) -> None:
         absentees = await self._database.read(
@@ -93,6 +88,15 @@ class Leases:
                 await self._return_claims(absentee.id, absentee.policy)
             elif absentee.expired and leases_tell:
                 await self._return_claims(absentee.id, absentee.policy, known_by_its_lease=True)
+
+    async def _reclaim_from_unknown_now_and_then(self) -> None:
+        if time.monotonic() < self._unknown_due:
+            return
+        self._unknown_due = time.monotonic() + min(UNKNOWN_OWNERS_INTERVAL, self._options.lease)
+        if await _chores.take(
+            self._database, "look for unknown workers", UNKNOWN_OWNERS, UNKNOWN_OWNERS_INTERVAL
+        ):
+            await self._reclaim_from_unknown()
 
     async def _reclaim_from_unknown(self) -> None:
         owners = await self._database.read(

@@ -19,6 +19,7 @@ SHORTEST_LEASE = 1.0  # seconds
 LONGEST_LEASE = DAY
 LONGEST_HANDOVER = 30.0  # seconds
 CRASH_POLICIES = ("requeue", "fail")
+NOTIFY_MODES = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +31,10 @@ class Options:
     ttl: float | None = DEFAULT_TTL
     error_ttl: float | str | None = INHERIT
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
-    pool_size: int = 5
+    pool_size: int = 4
     connect_timeout: float = 10.0
     max_poll_interval: float = 0.25
+    notify: str = "auto"
     outage_grace: float = 60.0
     lease: float = 60.0
     max_loop_stall: float | None = None
@@ -52,6 +54,8 @@ class Options:
         _check_range("pool_size", self.pool_size, 1, 1000)
         _check_seconds("connect_timeout", self.connect_timeout)
         _check_seconds("max_poll_interval", self.max_poll_interval)
+        if self.notify not in NOTIFY_MODES:
+            raise ValueError(f"notify must be one of {', '.join(map(repr, NOTIFY_MODES))}")
         if check_number(self.outage_grace, "outage_grace") < 0:
             raise ValueError("outage_grace must be a number of seconds, 0 for none")
         if not SHORTEST_LEASE <= check_number(self.lease, "lease") <= LONGEST_LEASE:

@@ -86,6 +86,8 @@ class Producer:
         if not isinstance(tasks, (list, tuple)):
             raise ValueError(f"tasks must be a list, not {type(tasks).__name__}")
         rows = [encode_task(task, self._max_bytes) for task in tasks]
+        if not rows and queue in self._known_queues:
+            return []  # as the host's scheduler asks for every second
         if unique and (unit := _unit.for_children(self._wakeups, tasks)):
             held_back = await unit.take(self._database, queue, rows)
             if held_back is not None:
@@ -149,7 +151,8 @@ class Producer:
         """Tasks that are due, the earliest first; an append of them is expected to follow."""
         check_queue(queue)
         moment = None if now is None else check_moment(now, "now")
-        if self._database.dialect.embedded and not await self._database.read(
+        # Most of the time there are none, and a look begins no transaction.
+        if not await self._database.read(
             "look for due tasks", schedule_store.has_due, queue, moment
         ):
             return []
@@ -172,9 +175,9 @@ class Producer:
         unique_rows = [row for index, row in enumerate(rows) if first[row.id] == index]
         added = await self._append_in_line(queue, unique_rows, self._is_to_register(queue))
         self._known_queues.add(queue)
-        if added:
-            self._wakeups.wake([_wakeups.pending(queue)])
-        return [first[row.id] == index and row.id in added for index, row in enumerate(rows)]
+        if added.ids:
+            self._wakeups.wake([_wakeups.pending(queue)], told=added.told)
+        return [first[row.id] == index and row.id in added.ids for index, row in enumerate(rows)]
 
     async def _append_again(self, queue: str, rows: Sequence[TaskRow]) -> None:
         # The last of several with one id, in the place of the first.
@@ -190,7 +193,8 @@ class Producer:
         )
         self._supersede(queue, held)
         self._known_queues.add(queue)
-        self._wakeups.wake([_wakeups.pending(queue)])
+        if rows:
+            self._wakeups.wake([_wakeups.pending(queue)])
 
     def _held(self, queue: str, rows: Iterable[TaskRow]) -> list[Held]:
         """What this instance holds of tasks now, before they are stored anew."""

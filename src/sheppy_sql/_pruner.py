@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
-from ._stores import chores as chore_store
+from . import _chores
 from ._stores import consumers as consumer_store
 from ._stores import receipts as receipt_store
 from ._stores import results as result_store
@@ -37,7 +37,7 @@ class Pruner:
 
     async def prune(self) -> int:
         """Delete what has expired; how many results. 0 where another instance did so just now."""
-        if not await self._database.write("prune", chore_store.take, CHORE, INTERVAL):
+        if not await _chores.take(self._database, "prune", CHORE, INTERVAL):
             return 0
         ends_at = asyncio.get_running_loop().time() + LONGEST_ROUND
         pruned = await self._repeat(ends_at, result_store.prune, BATCH)

@@ -38,6 +38,7 @@ class SavepointDatabase(Database):
         *,
         write: bool,
         single: bool = False,
+        converses: bool = False,
     ) -> Callable[[bool], Awaitable[T]]:
         async def attempt(repeated: bool) -> T:
             async with self._turn, self._connection.begin_nested():

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -25,13 +25,16 @@ from ._heart import BEATS_PER_LEASE, Heart
 from ._leases import Leases
 from ._leftovers import Leftovers
 from ._limiter import Limiter
+from ._listener import Line, Subscription
 from ._part import Part
 from ._process import this_process
 from ._producer import Producer
 from ._pruner import Pruner
+from ._reader import SharedReader
 from ._remover import Remover
 from ._storer import Storer
 from ._stores import installation as installation_store
+from ._stores import notifications as notification_store
 from ._suspects import Suspects
 from ._sweeper import Sweeper
 from ._viewer import Viewer
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from ._options import Options
     from ._stores.installation import Installation
     from ._sweeper import Resume
+    from ._wakeups import Notice, Topic
 
 logger = logging.getLogger("sheppy_sql")
 
@@ -97,11 +101,23 @@ class Session:
             parts.append(Part("renew leases", heart.beat_if_late, options.lease / BEATS_PER_LEASE))
         self._background = Background(heart, [] if passing else parts)
         self.options = options
+        self.installation = installation
         self.database = database
         self.wakeups = wakeups
+        self._subscription: Subscription | None = None
+        if not (passing or database.is_in_memory or options.notify == "off"):
+            self._subscription = Subscription(
+                Line.joined_by(database, wakeups, installation.name),
+                database,
+                options.max_poll_interval,
+                required=options.notify == "on",
+            )
+        pace = self._subscription or _wakeups.Pace(options.max_poll_interval)
         self.queues: set[str] = set()
         """From which tasks are taken."""
-        self.storer = Storer(database, wakeups, claims, leftovers, options, queues=self.queues)
+        self.storer = Storer(
+            database, wakeups, claims, leftovers, options, pace, queues=self.queues
+        )
         self.consumer = Consumer(
             database,
             wakeups,
@@ -109,7 +125,7 @@ class Session:
             suspects,
             leftovers,
             self.storer,
-            options,
+            pace,
             queues=self.queues,
             owner=owner,
             begin=self._background.start,
@@ -120,11 +136,11 @@ class Session:
             wakeups,
             claims,
             options,
-            append_new=Appender(database).append,
+            append_new=Appender(database, pace.carry).append,
             registers=not passing,
         )
         self.remover = Remover(database, wakeups, options)
-        self.viewer = Viewer(database, wakeups, options)
+        self.viewer = Viewer(database, wakeups, pace, SharedReader(database))
         self.definitions = Definitions(database, wakeups, options)
         self.limiter = Limiter(database, claims)
         self.completer = Completer(
@@ -175,7 +191,7 @@ class Session:
             tables,
             dialect,
             outage_grace=options.outage_grace,
-            keeps_connection=create_engine is not None and not dialect.embedded,
+            is_ours=create_engine is not None,
         )
         try:
             return await cls.on(
@@ -226,6 +242,11 @@ class Session:
         await anext(session._end)
         return session
 
+    def notice_of(self, topics: Iterable[Topic]) -> Notice:
+        """What tells other processes of topics; this one hears of them without."""
+        marks = [_wakeups.mark(topic) for topic in topics]
+        return notification_store.notice_of(self.installation.name, self.wakeups.id, marks)
+
     async def close(self) -> None:
         """Finish what is under way, hand back what is claimed, then leave the database.
 
@@ -241,6 +262,8 @@ class Session:
             self.database.engine.sync_engine.dispose(close=False)
         self.completer.abandon()
         self._background.abandon()
+        if self._subscription is not None:
+            self._subscription.abandon()
         # Never finalised: the generator's end would signal the parent's event loop.
         _abandoned.append(self._end)
 
@@ -260,9 +283,12 @@ class Session:
         finally:
             try:
                 await self._background.stop_parts()
+                self.viewer.close()
                 await self.consumer.stop()
                 await self._background.stop_heart()
                 await self.consumer.hand_back_all()
+                if self._subscription is not None:
+                    await self._subscription.close()
                 await self.database.close()
             finally:
                 await self.completer.close()
@@ -277,7 +303,7 @@ def _dialect(name: str, options: Options) -> Dialect:
 async def _check_server(tx: Transaction) -> float | None:
     """Seconds by which the server's clock is ahead of this machine's, if it has its own."""
     before = datetime.now(timezone.utc)
-    server_time = await tx.dialect.check_server(tx.connection)
+    server_time = await tx.do(tx.dialect.check_server)
     after = datetime.now(timezone.utc)
     if server_time is None:
         return None
@@ -289,7 +315,7 @@ async def _installation(database: Database, options: Options) -> Installation:
     found = await database.read("connect", _read_installation)
     outdated = found is None or found.version < SCHEMA_VERSION
     if outdated and (database.dialect.embedded or options.migrate):
-        await database.write("migrate the tables", _migrate, options)
+        await database.converse("migrate the tables", _migrate, options)
         found = await database.read("connect", _read_installation)
     found = installation_store.check(found)
     if found.version > SCHEMA_VERSION:

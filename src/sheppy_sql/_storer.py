@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ._database import Database
     from ._leftovers import Leftovers
     from ._options import Options
-    from ._wakeups import Wakeups
+    from ._wakeups import Pace, Wakeups
 
 logger = logging.getLogger("sheppy_sql")
 
@@ -38,6 +38,7 @@ class Storer:
         claims: Claims,
         leftovers: Leftovers,
         options: Options,
+        pace: Pace,
         *,
         queues: Collection[str],
     ) -> None:
@@ -48,7 +49,7 @@ class Storer:
         self._leftovers = leftovers
         self._options = options
         self._queues = queues
-        self._finisher = Finisher(database)
+        self._finisher = Finisher(database, pace.carry)
 
     async def store_result(self, queue: str, task: Payload) -> bool:
         """Store a task that ran; nothing changes where the claim on it was lost."""
@@ -71,10 +72,11 @@ class Storer:
                 "Failed to store a task: queue name mismatch, it was popped from another queue "
                 "than the one its result is stored in"
             )
+        told = False
         try:
             if task["finished_at"]:
                 ttl = self._options.ttl_for(task)
-                stored = await self._finisher.finish(queue, row, token, ttl, children)
+                stored, told = await self._finisher.finish(queue, row, token, ttl, children)
             else:
                 stored = await self._set_aside(queue, row, task, token)
             if not stored and token is not None and await self._has_result(queue, row.id, token):
@@ -93,7 +95,7 @@ class Storer:
         else:
             self.end_claim(queue, row.id, token)
             if task["finished_at"]:
-                self._wakeups.wake([_wakeups.finished(queue, row.id)])
+                self._wakeups.wake([_wakeups.finished(queue, row.id)], told=told)
             if children:
                 self._wakeups.wake(children.topics)
         return True
@@ -110,7 +112,7 @@ class Storer:
         self._claims.end(queue, task_id, token)
         if held_suspect and not self._claims.holds_suspect:
             # Other tasks may be taken again.
-            self._wakeups.wake([_wakeups.pending(queue) for queue in self._queues])
+            self._wakeups.wake_here([_wakeups.pending(queue) for queue in self._queues])
 
     async def _store_failure(self, queue: str, task: Payload, error: TooLargeError) -> None:
         """End a task whose result is too large as failed.

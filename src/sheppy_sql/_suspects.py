@@ -6,6 +6,7 @@ Whatever made its worker die may do so again, and would take the instance's othe
 from __future__ import annotations
 
 import enum
+import math
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -22,6 +23,8 @@ PAUSE = 300.0
 SOLITUDE = 60.0
 """Seconds for which nothing is taken beside a suspect; what kills its worker does so before."""
 
+LATELY = 10.0  # seconds, twice as long as between two looks for them
+
 
 class Choice(enum.Enum):
     """What a claim may take."""
@@ -36,16 +39,22 @@ class Suspects:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._seen_at = -math.inf
         self._queues: dict[str, float] = {}  # when the instance next makes room for them
         self._desperate: set[str] = set()
         self._served: set[str] = set()
 
     def saw(self, queues: Iterable[str]) -> None:
         """These queues have some, all others none."""
-        now = self._clock()
+        self._seen_at = now = self._clock()
         # At different times, lest all instances make room at once.
         room_at = now + PATIENCE * random.uniform(1, 3)  # noqa: S311
         self._queues = {queue: self._queues.get(queue, room_at) for queue in queues}
+
+    @property
+    def seen_lately(self) -> bool:
+        """Whether `saw` is up to date."""
+        return self._clock() - self._seen_at < LATELY
 
     def took(self, queue: str, *, found: bool) -> None:
         """A suspect was taken, or (not found) there was none left."""

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sheppy import BackendError
 
+from . import _chores
 from ._payloads import decode
-from ._stores import chores as chore_store
 from ._stores import workflows as workflow_store
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Sweeper:
             if not await self._stalled(queue, ""):
                 continue
             chore = f"resume workflows of {queue}"
-            if await self._database.write("take a chore", chore_store.take, chore, self.interval):
+            if await _chores.take(self._database, "take a chore", chore, self.interval):
                 await self._sweep(queue)
 
     async def _sweep(self, queue: str) -> None:

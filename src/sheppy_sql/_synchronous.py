@@ -6,9 +6,10 @@ so where a statement blocks, they run to their end in one go.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +22,7 @@ from sqlalchemy import ClauseElement, func, select
 from . import _wakeups
 from ._callers import caller_of, give_up
 from ._claims import Claims
-from ._database import Transaction
+from ._database import Transaction, run
 from ._dialects import dialect_named
 from ._drivers import Link
 from ._errors import backend_error, is_driver_error, joined_error
@@ -30,6 +31,7 @@ from ._payloads import Payload, decode
 from ._producer import Producer
 from ._remover import Remover
 from ._stores import installation as installation_store
+from ._stores import notifications as notification_store
 from ._stores import results as result_store
 from ._validation import check_keys, check_queue, check_timeout
 from .schema import build_tables
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from ._stores.installation import Installation
     from ._wakeups import Topic
 
+logger = logging.getLogger("sheppy_sql")
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -53,17 +57,6 @@ _known: dict[tuple[Hashable, ...], Installation] = {}
 
 
 tables_named = lru_cache(maxsize=20)(build_tables)
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The outcome of a coroutine that never has to wait."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        outcome: T = end.value
-        return outcome
-    coroutine.close()
-    raise RuntimeError("Something of sheppy-sql waited in synchronous code; please report this")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +161,11 @@ class SynchronousBackend:
 
     is_connected = True
 
-    def __init__(self, connection: object, options: Options) -> None:
+    def __init__(self, connection: object, options: Options, *, notify: bool) -> None:
+        """`notify`: whether the caller's transaction is to notify other processes."""
         caller = caller_of(connection)
         self._database = SynchronousDatabase(caller, options)
-        signals = _Signals(self._database, caller)
+        signals = _Signals(self._database, caller, notify=notify)
         self._max_poll_interval = options.max_poll_interval
         self._producer = Producer(self._database, signals, Claims(), options, registers=False)
         self._remover = Remover(self._database, signals, options)
@@ -221,21 +215,38 @@ class SynchronousBackend:
 
 
 class _Signals:
-    """Tells waiters in this process what is committed, where its commit can be heard of."""
+    """Tells whoever waits of what is committed, where its commit can be heard of or tells it."""
 
-    def __init__(self, database: SynchronousDatabase, caller: Caller) -> None:
+    def __init__(self, database: SynchronousDatabase, caller: Caller, *, notify: bool) -> None:
         self._database = database
         self._caller = caller
+        self._notify = notify
 
-    def wake(self, topics: Iterable[Topic]) -> None:
+    def wake(self, topics: Iterable[Topic], *, told: bool = False) -> None:
         installation = self._database.installation
         if installation is None:
             return
         wakeups = _wakeups.hub(installation.name)
-        if self._database.committed:
-            wakeups.wake(topics)
+        topics, is_committed = list(topics), self._database.committed
+        # A file tells by itself that it has changed.
+        notifies = (self._notify or is_committed) and not self._database.dialect.embedded
+        heard_here = is_committed or self._caller.session is not None
+        if notifies:
+            sender = wakeups.id if heard_here else notification_store.TO_ALL
+            notice = notification_store.notice_of(
+                installation.name, sender, [_wakeups.mark(topic) for topic in topics]
+            )
+            try:
+                run(self._database.write("notify others", notification_store.send, notice))
+            except BackendError as error:
+                if not is_committed:
+                    raise
+                # What was called for is done, and others find it a little later.
+                logger.debug("%s", error)
+        if is_committed:
+            wakeups.wake(topics, told=notifies)
         elif self._caller.session is not None:
-            AfterCommit.on(self._caller.session, wakeups).wake(topics)
+            AfterCommit.on(self._caller.session, wakeups).wake(topics, told=notifies)
 
 
 def _has_fixed_snapshot(link: Link) -> bool:

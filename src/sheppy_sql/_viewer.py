@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from sheppy import BackendError
 
 from . import _wakeups
+from ._lookout import Lookout
 from ._payloads import Payload, decode
+from ._reader import Reader
 from ._stores import queues as queue_store
 from ._stores import results as result_store
 from ._stores import scheduled as schedule_store
@@ -16,17 +21,28 @@ from ._validation import check_keys, check_limit, check_queue, check_timeout
 
 if TYPE_CHECKING:
     from ._database import Operations
-    from ._options import Options
-    from ._wakeups import Wakeups
+    from ._reader import Find
+    from ._wakeups import Pace, Topic, Wakeups
+
+Ended: TypeAlias = "Callable[[str, str], Topic]"
+"""The topic of the end of something in a queue."""
 
 
 class Viewer:
     """Everything that reads tasks and changes nothing."""
 
-    def __init__(self, database: Operations, wakeups: Wakeups, options: Options) -> None:
+    def __init__(
+        self, database: Operations, wakeups: Wakeups, pace: Pace, reader: Reader | None = None
+    ) -> None:
+        """`reader` is how tasks are found by their ids; None for each call by itself."""
         self._database = database
         self._wakeups = wakeups
-        self._max_poll_interval = options.max_poll_interval
+        self._pace = pace
+        reader = reader or Reader(database)
+        self._find_tasks = reader.finding("get tasks", task_store.get)
+        self._find_results = reader.finding("get results", result_store.get)
+        self._find_workflows = reader.finding("get workflows", workflow_store.get_finished)
+        self._lookouts: dict[tuple[Ended, str], Lookout] = {}
 
     async def get_pending(self, queue: str, count: int) -> list[Payload]:
         check_queue(queue)
@@ -44,7 +60,7 @@ class Viewer:
         wanted = check_keys(ids, "task id")
         if not wanted:
             return {}
-        texts = await self._database.read("get tasks", task_store.get, queue, wanted)
+        texts = await self._find_tasks(queue, wanted)
         return {task_id: decode(text) for task_id, text in texts.items()}
 
     async def get_all_tasks(self, queue: str) -> list[Payload]:
@@ -67,13 +83,7 @@ class Viewer:
         """Finished tasks by id; with a timeout all of them, or TimeoutError."""
         check_queue(queue)
         wanted = check_keys(ids, "task id")
-
-        async def find(missing: Sequence[str]) -> dict[str, str]:
-            return await self._database.read("get results", result_store.get, queue, missing)
-
-        return await self._await_all(
-            {_wakeups.finished(queue, task_id): task_id for task_id in wanted}, find, timeout
-        )
+        return await self._get_ended(queue, wanted, timeout, _wakeups.finished, self._find_results)
 
     async def get_workflow_results(
         self, queue: str, ids: Sequence[str], timeout: float | None
@@ -81,43 +91,40 @@ class Viewer:
         """Workflows that have completed or failed, like get_results."""
         check_queue(queue)
         wanted = check_keys(ids, "workflow id")
+        return await self._get_ended(queue, wanted, timeout, _wakeups.ended, self._find_workflows)
 
-        async def find(missing: Sequence[str]) -> dict[str, str]:
-            return await self._database.read(
-                "get workflows", workflow_store.get, queue, missing, finished=True
+    def close(self) -> None:
+        """Have all who wait get an error."""
+        for lookout in self._lookouts.values():
+            lookout.close(
+                BackendError("Failed to get results: the backend was disconnected meanwhile")
             )
 
-        return await self._await_all(
-            {_wakeups.ended(queue, workflow_id): workflow_id for workflow_id in wanted},
-            find,
-            timeout,
-        )
-
-    async def _await_all(
+    async def _get_ended(
         self,
-        ids: Mapping[_wakeups.Topic, str],
-        find: Callable[[Sequence[str]], Awaitable[dict[str, str]]],
+        queue: str,
+        ids: Sequence[str],
         timeout: float | None,
+        topic_of: Ended,
+        find: Find,
     ) -> dict[str, Payload]:
-        """What `find` finds of the ids, each of which has a topic of its own."""
-        seconds = check_timeout(timeout)
-        found: dict[str, Payload] = {}
-
-        async def look(signals: set[_wakeups.Topic]) -> dict[str, Payload] | None:
-            hinted = [ids[topic] for topic in signals] or ids.values()
-            texts = await find([one for one in hinted if one not in found])
-            found.update({one: decode(text) for one, text in texts.items()})
-            return found if len(found) == len(ids) else None
-
+        """What `find` finds of the ids, the end of each of which has a topic of its own."""
+        seconds = _wakeups.wait_seconds(check_timeout(timeout), zero_means_forever=True)
         if not ids:
             return {}
-        with self._wakeups.waiting(ids) as waiter:
-            complete = await _wakeups.poll(
-                look,
-                waiter,
-                timeout=_wakeups.wait_seconds(seconds, zero_means_forever=True),
-                max_interval=self._max_poll_interval,
+        if seconds <= 0:
+            texts = await find(queue, ids)
+        else:
+            await self._pace.check()
+            texts = await self._lookout(queue, topic_of, find).wait(ids, seconds)
+            if len(texts) < len(ids):
+                raise TimeoutError(f"Did not complete within {timeout} seconds")
+        return {one: decode(texts[one]) for one in ids if one in texts}
+
+    def _lookout(self, queue: str, topic_of: Ended, find: Find) -> Lookout:
+        key = (topic_of, queue)
+        if key not in self._lookouts:
+            self._lookouts[key] = Lookout(
+                partial(find, queue), partial(topic_of, queue), self._wakeups, self._pace
             )
-        if complete is None and seconds is not None and seconds >= 0:
-            raise TimeoutError(f"Did not complete within {timeout} seconds")
-        return found
+        return self._lookouts[key]

@@ -1,22 +1,26 @@
 """Signals inside a process, and waiting that survives the loss of any of them.
 
 A wake-up only saves time: whoever waits also looks for itself, more and more
-rarely. Signals between processes (LISTEN) will arrive here as well.
+rarely. Signals of other processes arrive here as well, through lines.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import functools
+import hashlib
 import math
 import os
 import random
+import secrets
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
 Topic = tuple[str, ...]
@@ -24,6 +28,8 @@ Topic = tuple[str, ...]
 FIRST_POLL = 0.005  # seconds
 LOOK_SHARE = 10  # a look by itself takes at most a tenth of the time
 JITTER = 0.25  # share of an interval, so that idle workers do not fall into step
+EVERYTHING: Topic = ()
+"""The signal of something that nobody knows more of."""
 
 _hubs: weakref.WeakValueDictionary[str, Wakeups] = weakref.WeakValueDictionary()
 _hubs_lock = threading.Lock()
@@ -50,70 +56,251 @@ def ended(queue: str, workflow_id: str) -> Topic:
     return ("ended", queue, workflow_id)
 
 
+def group(topic: Topic) -> Topic:
+    """What is awaited of a queue, without saying which task or workflow."""
+    return topic[:2]
+
+
+@functools.lru_cache(maxsize=4096)
+def mark(topic: Topic) -> str:
+    """A topic as a notification names it: short, whatever its queue is called."""
+    # No name has a NUL in it.
+    digest = hashlib.blake2b("\0".join(topic).encode(), digest_size=8).digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
 class Signals(Protocol):
     """Where news goes."""
 
-    def wake(self, topics: Iterable[Topic]) -> None: ...
+    def wake(self, topics: Iterable[Topic], *, told: bool = False) -> None:
+        """`told`: other processes know already, by what was committed."""
+
+
+class Line(Protocol):
+    """A way to the other processes."""
+
+    @property
+    def place(self) -> Hashable:
+        """The database; two lines of an installation may lead to copies of it."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is the running event loop's."""
+
+    def announce(self, topics: Iterable[Topic]) -> None:
+        """Pass news on; callable from any thread, and nothing comes back."""
 
 
 class Wakeups:
     """Who waits for what. Waiters may live in different threads' event loops."""
 
     def __init__(self) -> None:
+        self.id = secrets.token_urlsafe(6)
+        """By which a process knows its own notifications."""
+        self.serial = 0
+        """Changes with every signal, whether or not anybody waits for it."""
         self._lock = threading.Lock()
-        self._waiters: defaultdict[Topic, set[Waiter]] = defaultdict(set)
+        # Dictionaries for their order: whoever has waited longest comes first.
+        self._waiters: defaultdict[Topic, dict[Waiter, None]] = defaultdict(dict)
+        self._marked: defaultdict[str, dict[Topic, None]] = defaultdict(dict)
+        self.lines: tuple[Line, ...] = ()
 
     @contextmanager
     def waiting(self, topics: Iterable[Topic]) -> Iterator[Waiter]:
         """A waiter that any of `topics` wakes."""
-        waiter, topics = Waiter(), list(topics)
-        with self._lock:
-            for topic in topics:
-                self._waiters[topic].add(waiter)
+        waiter = Waiter()
+        self.watch(waiter, topics)
         try:
             yield waiter
         finally:
-            with self._lock:
-                for topic in topics:
-                    self._waiters[topic].discard(waiter)
-                    if not self._waiters[topic]:
-                        del self._waiters[topic]
+            self.unwatch(waiter, list(waiter.topics))
 
-    def wake(self, topics: Iterable[Topic]) -> None:
-        """Wake whoever waits for any of `topics`."""
+    def watch(self, waiter: Waiter, topics: Iterable[Topic]) -> None:
+        """Have `topics` wake a waiter as well."""
+        marked = [(topic, {mark(group(topic)), mark(topic)}) for topic in topics]
         with self._lock:
+            for topic, marks in marked:
+                waiter.topics.add(topic)
+                self._waiters[topic][waiter] = None
+                for one in marks:
+                    self._marked[one][topic] = None
+
+    def unwatch(self, waiter: Waiter, topics: Iterable[Topic]) -> None:
+        """Have `topics` wake it no more."""
+        with self._lock:
+            for topic in topics:
+                waiter.topics.discard(topic)
+                self._waiters[topic].pop(waiter, None)
+                if not self._waiters[topic]:
+                    del self._waiters[topic]
+                    for one in {mark(group(topic)), mark(topic)}:
+                        self._marked[one].pop(topic, None)
+                        if not self._marked[one]:
+                            del self._marked[one]
+
+    def count(self, topic: Topic) -> int:
+        """How many wait for it here."""
+        return len(self._waiters.get(topic, ()))
+
+    @property
+    def anybody(self) -> bool:
+        """Whether anybody waits for anything here."""
+        return bool(self._waiters)
+
+    def wake(self, topics: Iterable[Topic], *, told: bool = False) -> None:
+        """Wake whoever waits for any of `topics`, in other processes as well.
+
+        `told`: those are notified already, by what was committed.
+        """
+        topics = list(topics)
+        self.wake_here(topics)
+        if told:
+            return
+        # One for each database, of this event loop if it has one.
+        chosen: dict[Hashable, Line] = {}
+        for line in self.lines:
+            if line.is_here or line.place not in chosen:
+                chosen[line.place] = line
+        for line in chosen.values():
+            line.announce(topics)
+
+    def wake_here(self, topics: Iterable[Topic]) -> None:
+        """Wake whoever waits for any of `topics` in this process."""
+        with self._lock:
+            self.serial += 1
             woken = [(w, topic) for topic in topics for w in self._waiters.get(topic, ())]
         for waiter, topic in woken:
             waiter.wake(topic)
+
+    def wake_marked(self, marks: Iterable[str]) -> None:
+        """Wake whoever waits here for what another process has named so."""
+        with self._lock:
+            topics = [topic for one in marks for topic in self._marked.get(one, ())]
+        self.wake_here(dict.fromkeys(topics))
+
+    def wake_all(self) -> None:
+        """Wake whoever waits for anything in this process."""
+        with self._lock:
+            self.serial += 1
+            woken = {waiter for waiters in self._waiters.values() for waiter in waiters}
+        for waiter in woken:
+            waiter.wake(EVERYTHING)
+
+    def open(self, line: Line) -> None:
+        """Announce news on this line from now on."""
+        with self._lock:
+            self.lines = (*self.lines, line)
+
+    def shut(self, line: Line) -> None:
+        """Do so no more; harmless where it is not open."""
+        with self._lock:
+            self.lines = tuple(other for other in self.lines if other is not line)
 
 
 class Waiter:
     """One coroutine's place to sleep until a signal comes."""
 
     def __init__(self) -> None:
+        self.topics: set[Topic] = set()
         self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
         self._signals: set[Topic] = set()
+        self._is_called = False
+        self._sleep: asyncio.Future[None] | None = None
 
     def wake(self, topic: Topic) -> None:
         """Callable from any thread."""
+        if is_running(self._loop):
+            self._signal(topic)
+            return
         # RuntimeError: the loop is closed, and nobody waits any longer.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._signal, topic)
 
+    def poke(self) -> None:
+        """End the sleep, without a signal."""
+        self._is_called = True
+        if self._sleep is not None:
+            _end(self._sleep)
+
     def take_signals(self) -> set[Topic]:
         """What came since the last call; empty where time brought the waiter here."""
-        self._event.clear()
+        self._is_called = False
         signals, self._signals = self._signals, set()
         return signals
 
     async def wait(self, timeout: float) -> None:
         """Sleep until a signal or for `timeout` seconds."""
-        await sleep_until(self._event, timeout)
+        if self._is_called:
+            return
+        # No task and no Event: every step between a signal and a look is time that a task waits.
+        self._sleep = self._loop.create_future()
+        timer = self._loop.call_later(timeout, _end, self._sleep) if timeout < math.inf else None
+        try:
+            await self._sleep
+        finally:
+            self._sleep = None
+            if timer is not None:
+                timer.cancel()
 
     def _signal(self, topic: Topic) -> None:
         self._signals.add(topic)
-        self._event.set()
+        self.poke()
+
+
+def _end(sleep: asyncio.Future[None]) -> None:
+    if not sleep.done():
+        sleep.set_result(None)
+
+
+def is_running(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether an event loop is the one that runs here, in this thread."""
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+class Notice(NamedTuple):
+    """A notification as it is sent."""
+
+    channel: str
+    text: str
+
+
+class Pace:
+    """How often whoever waits looks by himself: ever more rarely, where nothing else tells him."""
+
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+
+    @property
+    def is_told(self) -> bool:
+        """Whether other processes' signals are known to come."""
+        return False
+
+    @property
+    def longest(self) -> float:
+        """Seconds between two looks, at most."""
+        return self._longest
+
+    def begin(self) -> None:
+        """Somebody is about to wait."""
+
+    async def check(self) -> None:
+        """BackendError where signals are to come, and are known not to."""
+
+    def carry(self, topics: Iterable[Topic]) -> Notice | None:
+        """What a statement is to send with its commit, if anything."""
+        return None
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds to the next look, and to the next one after that, without end."""
+        pause = FIRST_POLL
+        while True:
+            told = self.is_told
+            yield self.longest if told else min(pause, self.longest)
+            # Where signals were lost, looks begin anew to come soon after one another.
+            pause = FIRST_POLL if told else min(2 * pause, self.longest)
 
 
 async def poll(
@@ -121,35 +308,37 @@ async def poll(
     waiter: Waiter,
     *,
     timeout: float,
-    max_interval: float,
+    pace: Pace,
+    look_first: bool = True,
 ) -> T | None:
     """What `look` finds within `timeout` seconds (inf: however long it takes), else None.
 
-    Looks at once, after every signal, by itself after 5 ms and then ever more
-    rarely up to every `max_interval` seconds, and once more when time is up.
-    `look` is told the signals that brought it; none means to look for all.
+    Looks at once, unless told otherwise, after every signal, by itself as `pace` says, and once
+    more when time is up. `look` is told the signals that brought it.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout
-    interval, next_full = FIRST_POLL, clock()
+    pauses = pace.pauses()
     while True:
         # Before the look: a signal that comes during it must not be lost.
         signals = waiter.take_signals()
         started = clock()
-        if started >= next_full or started >= deadline:
-            signals = set()
-        found = await look(signals)
-        if found is not None:
-            return found
+        if look_first:
+            found = await look(signals)
+            if found is not None:
+                return found
+        look_first = True
         now = clock()
         if started >= deadline:
             return None
-        if not signals:
-            # A look that takes long, at thousands of results, is not to be all that happens.
-            pause = max(min(interval, max_interval), LOOK_SHARE * (now - started))
-            next_full = now + pause * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
-            interval = min(interval * 2, max_interval)
-        await waiter.wait(max(0.0, min(next_full, deadline) - now))
+        pace.begin()
+        await waiter.wait(max(0.0, min(spread(next(pauses), now - started), deadline - now)))
+
+
+def spread(pause: float, took: float) -> float:
+    """Seconds to pause after a look that took so long, at random about `pause`."""
+    # A look that takes long, at thousands of results, is not to be all that happens.
+    return max(pause, LOOK_SHARE * took) * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
 
 
 async def sleep_until(event: asyncio.Event, timeout: float) -> None:

@@ -20,9 +20,10 @@ from uuid import UUID
 
 from sheppy import Queue, Task
 
+from ._database import run
 from ._errors import TransactionConflictError as TransactionConflictError
 from ._options import DEFAULT_MAX_PAYLOAD_BYTES, DEFAULT_TTL, INHERIT, Options
-from ._synchronous import SynchronousBackend, run, tables_named
+from ._synchronous import SynchronousBackend, tables_named
 from ._validation import check_queue
 from .schema import DEFAULT_PREFIX
 
@@ -48,13 +49,21 @@ class Settings:
     ttl: float | None = DEFAULT_TTL
     error_ttl: float | str | None = INHERIT
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
+    notify: bool = False
+    """Whether on PostgreSQL a transaction's own commit wakes workers at once, in all processes.
+
+    Such commits go one at a time in all of the database. Where a call is a transaction of its own,
+    it always does.
+    """
 
     def __post_init__(self) -> None:
+        if not isinstance(self.notify, bool):
+            raise ValueError("notify must be True or False")
         self._options()
         tables_named(self.schema, self.table_prefix)
 
     def _options(self) -> Options:
-        return Options(**asdict(self))
+        return Options(**{**asdict(self), "notify": "auto"})
 
 
 DEFAULTS = Settings()
@@ -81,8 +90,9 @@ def enqueue(
 ) -> bool | list[bool]:
     """Put a task in line, or several; whether each was put there, as its id was free.
 
-    Workers see it once the transaction is committed. A Session's commit wakes those in this
-    process; others, and with other connections all, come by within `max_poll_interval` (0.25 s).
+    Workers see it once the transaction is committed. A Session's commit wakes them where a
+    SqlBackend of this process is connected, any connection's with `Settings(notify=True)`. Else
+    those that wait for notifications come by within 5 s, others within `max_poll_interval`.
     """
     for one in task if isinstance(task, list) else [task]:
         _check_task(one)
@@ -172,7 +182,7 @@ def _open(connection: object, queue: str, settings: Settings) -> tuple[Any, Sync
     """Sheppy's Queue, which asks for less than a whole Backend, and what it asks."""
     if not isinstance(settings, Settings):
         raise ValueError(f"settings must be sync.Settings, not {type(settings).__name__}")
-    backend: Any = SynchronousBackend(connection, settings._options())
+    backend: Any = SynchronousBackend(connection, settings._options(), notify=settings.notify)
     return Queue(backend, check_queue(queue)), backend
 
 

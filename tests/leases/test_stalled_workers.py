@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sheppy_sql import SqlBackend, _leases
-from sheppy_sql._stores import consumers as consumer_store
+from sheppy_sql._leases import Leases
 from tests.leases import jobs
 from tests.support.databases import TestDatabase
 from tests.support.processes import Child, Spawner
@@ -131,18 +131,16 @@ async def test_worker_that_beats_again_in_time_keeps_its_tasks(
     assert len(await stalled.pop("q")) == 1
     long_ago = "2020-01-01 00:00:00" + ("+00" if database.dialect == "postgresql" else ".000000")
     await database.execute(f"UPDATE sheppy_consumers SET expires_at = '{long_ago}', boot_id = '0'")
-    looked, dead = consumer_store.get_absentees, []
+    return_claims, dead = Leases._return_claims, []
     monkeypatch.setattr(_leases, "SETTLING", 0.0)
 
-    async def look(*args: Any) -> list[Any]:
-        found = await looked(*args)
-        dead.extend(found)
+    async def return_late(leases: Leases, owner: str, *args: Any, **kwargs: Any) -> None:
+        dead.append(owner)
         later = long_ago.replace("2020", "2999")
-        if found:
-            await database.execute(f"UPDATE sheppy_consumers SET expires_at = '{later}'")
-        return found
+        await database.execute(f"UPDATE sheppy_consumers SET expires_at = '{later}'")
+        await return_claims(leases, owner, *args, **kwargs)
 
-    monkeypatch.setattr(consumer_store, "get_absentees", look)
+    monkeypatch.setattr(Leases, "_return_claims", return_late)
     assert await other.pop("elsewhere") == []
     part = other._connected._background._parts[0]
     await part._step()

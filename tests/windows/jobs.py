@@ -13,7 +13,7 @@ from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from sheppy import CURRENT_TASK, Queue, Task, task
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection
 
 from sheppy_sql import SqlBackend
 from sheppy_sql._dialects import Dialect
@@ -91,29 +91,29 @@ def die_at(method: str, moment: str) -> None:
 
 def watch_commits(dialect: type[Dialect]) -> None:
     """Let a transaction that writes, of the call in question, be the death of this process."""
-    begin, commit = dialect.begin, AsyncConnection.commit
-    deadly: WeakKeyDictionary[AsyncConnection, str] = WeakKeyDictionary()
+    begin, commit = dialect.begin, Connection.commit
+    deadly: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()
 
-    async def begin_deadly(
-        self: Dialect, connection: AsyncConnection, *, write: bool, single: bool = False
+    def begin_deadly(
+        self: Dialect, connection: Connection, *, write: bool, single: bool = False
     ) -> bool:
         # A statement that commits by itself has no moment before its commit; here it gets one.
-        ends = await begin(self, connection, write=write, single=False)
+        ends = begin(self, connection, write=write, single=False)
         moment = commits.get()
         if write and moment is not None:
             deadly[connection] = moment
         return ends
 
-    async def commit_deadly(self: AsyncConnection) -> None:
+    def commit_deadly(self: Connection) -> None:
         moment = deadly.get(self)
         if moment == "before the commit":
             die()
-        await commit(self)
+        commit(self)
         if moment is not None:
             die()
 
     dialect.begin = begin_deadly  # type: ignore[method-assign]  # to be told of connections
-    AsyncConnection.commit = commit_deadly  # type: ignore[method-assign]  # it is what dies
+    Connection.commit = commit_deadly  # type: ignore[method-assign]  # it is what dies
 
 
 async def produce(url: str, task_id: str, call: str, moment: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Dialect(ABC):
-    """Ten differences between PostgreSQL and SQLite."""
+    """Eleven differences between PostgreSQL and SQLite."""
 
     embedded: ClassVar[bool]
     """A file of this machine: one transaction writes at a time, and nobody deploys its tables."""
@@ -45,13 +45,11 @@ class Dialect(ABC):
         """Have an engine of the application's end the transactions of what it gives up."""
 
     @abstractmethod
-    async def check_server(self, connection: AsyncConnection) -> datetime | None:
+    def check_server(self, connection: Connection) -> datetime | None:
         """The server's clock, None where it is this machine's; BackendError if it is unfit."""
 
     @abstractmethod
-    async def begin(
-        self, connection: AsyncConnection, *, write: bool, single: bool = False
-    ) -> bool:
+    def begin(self, connection: Connection, *, write: bool, single: bool = False) -> bool:
         """Begin a transaction in which a later statement sees what committed meanwhile.
 
         `single`: one statement writes, and may be a transaction by itself. Whether there is
@@ -65,6 +63,23 @@ class Dialect(ABC):
     @abstractmethod
     def begin_lent(self, connection: Connection) -> None:
         """Make of a transaction that has just been begun there what `begin` makes of its own."""
+
+    @abstractmethod
+    async def hear(
+        self,
+        connection: AsyncConnection,
+        channel: str,
+        *,
+        ready: Callable[[], Awaitable[None]],
+        heard: Callable[[str | None], None],
+        wanted: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Listen to what other processes have committed, until the connection is lost.
+
+        On a connection that is for nothing else. `ready` is awaited once it listens. `heard` gets
+        each notification of a channel, or None where something has changed and nobody says what.
+        What is done again and again waits for `wanted` before.
+        """
 
     @abstractmethod
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:

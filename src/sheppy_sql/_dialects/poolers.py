@@ -16,7 +16,7 @@ import asyncpg
 from sqlalchemy import column, select, table
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy import Connection
 
 SETTINGS = 'connect_args={"statement_cache_size": 0, "prepared_statement_name_func": lambda: ""}'
 """For create_async_engine, as a message quotes them."""
@@ -79,7 +79,7 @@ def is_pooled(connection: asyncpg.Connection, server_pid: int) -> bool:
     return bool(connection.get_server_pid() != server_pid)
 
 
-async def is_fit(connection: AsyncConnection) -> bool:
+def is_fit(connection: Connection) -> bool:
     """Whether the engine's statements work behind a pooler; asked in a transaction."""
     # What is found is this very statement, by a text that no other has.
     label = f"own_{secrets.token_hex(8)}"
@@ -89,8 +89,8 @@ async def is_fit(connection: AsyncConnection) -> bool:
         .where(prepared.c.statement.contains(label))
         .order_by(prepared.c.name)
     )
-    once = (await connection.scalars(statement)).all()
-    again = (await connection.scalars(statement)).all()
+    once = connection.scalars(statement).all()
+    again = connection.scalars(statement).all()
     return are_fit(once, again)
 
 

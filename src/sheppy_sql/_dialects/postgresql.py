@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from .._wakeups import sleep_until
 from . import logs, poolers
 from .base import Dialect
 
@@ -45,6 +48,9 @@ KEEP_ALIVE = {
     "TCP_KEEPCNT": 3,
     "TCP_USER_TIMEOUT": 60_000,
 }
+
+LOOK_AFTER = 30.0  # seconds between two looks whether a silent connection is still there
+ANSWER = 10.0  # seconds for the answer
 
 
 class PostgreSQL(Dialect):
@@ -87,18 +93,16 @@ class PostgreSQL(Dialect):
         # A server does that by itself.
         pass
 
-    async def check_server(self, connection: AsyncConnection) -> datetime | None:
-        version, standby, read_only, encoding, isolation, pid, now = (
-            await connection.execute(
-                select(
-                    func.current_setting("server_version_num"),
-                    func.pg_is_in_recovery(),
-                    func.current_setting("transaction_read_only"),
-                    func.current_setting("server_encoding"),
-                    func.current_setting("default_transaction_isolation"),
-                    func.pg_backend_pid(),
-                    func.clock_timestamp(type_=None),
-                )
+    def check_server(self, connection: Connection) -> datetime | None:
+        version, standby, read_only, encoding, isolation, pid, now = connection.execute(
+            select(
+                func.current_setting("server_version_num"),
+                func.pg_is_in_recovery(),
+                func.current_setting("transaction_read_only"),
+                func.current_setting("server_encoding"),
+                func.current_setting("default_transaction_isolation"),
+                func.pg_backend_pid(),
+                func.clock_timestamp(type_=None),
             )
         ).one()
         major = int(version) // 10_000
@@ -120,13 +124,11 @@ class PostgreSQL(Dialect):
             )
         self._writes_in_transactions = isolation not in MOVING_SNAPSHOTS
         if self._reads_in_transactions:
-            await self._check_pooler(connection, pid)
+            self._check_pooler(connection, pid)
         moment: datetime = now
         return moment
 
-    async def begin(
-        self, connection: AsyncConnection, *, write: bool, single: bool = False
-    ) -> bool:
+    def begin(self, connection: Connection, *, write: bool, single: bool = False) -> bool:
         # The engine may belong to the application, whose default may be stricter,
         # AUTOCOMMIT, or another schema. A lone statement needs no BEGIN and COMMIT, unless the
         # server's own default is stricter: it would fail where another one came in between.
@@ -135,8 +137,8 @@ class PostgreSQL(Dialect):
         if commits or not self._is_ours:
             if connection.in_transaction():
                 # SQLAlchemy's, of a statement that has committed by itself.
-                await connection.rollback()
-            await connection.execution_options(
+                connection.rollback()
+            connection.execution_options(
                 isolation_level="READ COMMITTED" if commits else "AUTOCOMMIT",
                 schema_translate_map=None,
             )
@@ -147,6 +149,35 @@ class PostgreSQL(Dialect):
 
     def begin_lent(self, connection: Connection) -> None:
         pass
+
+    async def hear(
+        self,
+        connection: AsyncConnection,
+        channel: str,
+        *,
+        ready: Callable[[], Awaitable[None]],
+        heard: Callable[[str | None], None],
+        wanted: Callable[[], Awaitable[None]],
+    ) -> None:
+        # The driver's own calls: they are in no transaction, which would hold notifications back.
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        lost = asyncio.Event()
+
+        def tell(_connection: object, _pid: int, _channel: str, payload: str) -> None:
+            heard(payload)
+
+        driver.add_termination_listener(lambda _: lost.set())
+        await driver.add_listener(channel, tell)
+        try:
+            await ready()
+            while not lost.is_set():
+                await sleep_until(lost, LOOK_AFTER)
+                if not lost.is_set():
+                    await driver.fetchval("SELECT 1", timeout=ANSWER)
+        finally:
+            # A pooler may give the server's side to somebody else.
+            if not driver.is_closed():
+                await driver.remove_listener(channel, tell)
 
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
         # Not clock_timestamp(): it is volatile, and no index is searched by it.
@@ -167,12 +198,12 @@ class PostgreSQL(Dialect):
     def insert(self, table: Table) -> Insert:
         return insert(table)
 
-    async def _check_pooler(self, connection: AsyncConnection, pid: int) -> None:
+    def _check_pooler(self, connection: Connection, pid: int) -> None:
         """Find out what the application's engine is connected to, and whether it fits."""
-        driver = (await connection.get_raw_connection()).driver_connection
+        driver: Any = connection.connection.driver_connection
         if self._prepared_statements is None:
             self._reads_in_transactions = poolers.is_pooled(driver, pid)
-        if self._reads_in_transactions and not await poolers.is_fit(connection):
+        if self._reads_in_transactions and not poolers.is_fit(connection):
             raise BackendError(
                 "Failed to connect: behind a pooler such as PgBouncer the engine must not prepare "
                 f"statements; make it with {poolers.SETTINGS}, or say prepared_statements=True if "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import sqlite3
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,11 @@ OLDEST_VERSION = (3, 35, 0)
 BUSY_TIMEOUT = 5.0  # seconds
 BUSY_TRIES = 12
 """How often whoever begins by himself waits so long for another program's transaction."""
+
+LOOK_OUT = 0.004
+"""Seconds between two looks whether the file has changed; each takes microseconds, in a thread."""
+LOOK_OUT_IDLY = 0.012  # seconds, where it has not for a while
+IDLE_AFTER = 100  # looks
 
 
 class SQLite(Dialect):
@@ -70,7 +77,7 @@ class SQLite(Dialect):
         if not event.contains(engine.sync_engine, "invalidate", _roll_back):
             event.listen(engine.sync_engine, "invalidate", _roll_back)
 
-    async def check_server(self, connection: AsyncConnection) -> datetime | None:
+    def check_server(self, connection: Connection) -> datetime | None:
         version = tuple(int(part) for part in sqlite3.sqlite_version.split("."))
         if version < OLDEST_VERSION:
             oldest = ".".join(map(str, OLDEST_VERSION))
@@ -80,20 +87,18 @@ class SQLite(Dialect):
             )
         return None
 
-    async def begin(
-        self, connection: AsyncConnection, *, write: bool, single: bool = False
-    ) -> bool:
+    def begin(self, connection: Connection, *, write: bool, single: bool = False) -> bool:
         # The driver's own BEGIN would be a deferred one, whose upgrade to a write
         # lock fails at once where another writer came in between.
-        await connection.execution_options(isolation_level="AUTOCOMMIT", schema_translate_map=None)
+        connection.execution_options(isolation_level="AUTOCOMMIT", schema_translate_map=None)
         if not write:
             return False
-        await connection.begin()
-        raw = await connection.get_raw_connection()
-        if raw.driver_connection is not None and raw.driver_connection.in_transaction:
+        connection.begin()
+        raw = connection.connection.driver_connection
+        if raw is not None and raw.in_transaction:
             # The application's engine has a listener that begins, as SQLAlchemy recommends.
-            await connection.exec_driver_sql("ROLLBACK")
-        await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            connection.exec_driver_sql("ROLLBACK")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
         return True
 
     async def lend(self, connection: AsyncConnection) -> None:
@@ -107,6 +112,33 @@ class SQLite(Dialect):
         tries_left = BUSY_TRIES
         while not _has_begun(connection, is_last=tries_left == 1):
             tries_left -= 1
+
+    async def hear(
+        self,
+        connection: AsyncConnection,
+        channel: str,
+        *,
+        ready: Callable[[], Awaitable[None]],
+        heard: Callable[[str | None], None],
+        wanted: Callable[[], Awaitable[None]],
+    ) -> None:
+        # A connection that writes nothing hears of every commit, without looking at any table.
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+
+        async def version() -> int:
+            [[number]] = await driver.execute_fetchall("PRAGMA data_version")
+            return int(number)
+
+        known, unchanged = await version(), 0
+        await ready()
+        while True:
+            await wanted()
+            await asyncio.sleep(LOOK_OUT if unchanged < IDLE_AFTER else LOOK_OUT_IDLY)
+            found = await version()
+            unchanged += 1
+            if found != known:
+                known, unchanged = found, 0
+                heard(None)
 
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
         # The same machine's clock, and finer than SQLite's own milliseconds.

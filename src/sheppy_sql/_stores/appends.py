@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .._database import Transaction
     from .._payloads import TaskRow
+    from .._wakeups import Notice
 
 PARAMETERS: dict[str, TypeEngine[Any]] = {
     "queue": Text(),
@@ -33,6 +34,8 @@ PARAMETERS: dict[str, TypeEngine[Any]] = {
     "statuses": ARRAY(Text()),
     "created": ARRAY(Timestamp()),
     "places": ARRAY(BigInteger()),
+    "channel": Text(),
+    "notice": Text(),
 }
 """In the function's order."""
 
@@ -45,11 +48,13 @@ async def append(
     *,
     registers: bool,
     lock_timeout: float,
+    notice: Notice | None = None,
 ) -> set[str]:
     """The ids that were new to the queue, now in line; an id occurs once in `rows`.
 
     Fails where a row is locked for longer than `lock_timeout` seconds. The same ids again where it
-    is repeated under the same token. `registers`: the queue becomes known.
+    is repeated under the same token. `registers`: the queue becomes known. A notice is sent with
+    the commit.
     """
     # In the order of the ids, as everybody locks; the places are the caller's order.
     order = sorted(range(len(rows)), key=lambda index: rows[index].id)
@@ -68,6 +73,8 @@ async def append(
             "statuses": [row.status for row in ordered],
             "created": [row.created_at for row in ordered],
             "places": order,
+            "channel": None if notice is None else notice.channel,
+            "notice": None if notice is None else notice.text,
         },
     )
     return set(stored.ids)

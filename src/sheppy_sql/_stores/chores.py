@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import literal
+from sqlalchemy import literal, select
 
 from ..schema import Key
 
 if TYPE_CHECKING:
     from .._database import Transaction
+
+
+async def is_due(tx: Transaction, name: str) -> bool:
+    """Whether `take` could succeed."""
+    chores = tx.tables.chores
+    taken = select(1).where(chores.c.name == name, chores.c.due_at > tx.dialect.now())
+    return await tx.scalar(taken) is None
 
 
 async def take(tx: Transaction, name: str, seconds: float) -> bool:

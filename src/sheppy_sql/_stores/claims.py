@@ -26,6 +26,7 @@ from sqlalchemy import (
 
 from ..schema import CLAIMED, IDLE, PENDING, SCHEDULED, Timestamp
 from . import consumers as consumer_store
+from . import notifications as notification_store
 from . import results as result_store
 from . import scheduled as schedule_store
 from . import tasks as task_store
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .._database import Transaction
     from .._dialects.base import Columns
     from .._payloads import TaskRow
+    from .._wakeups import Notice
 
 MOST_STALE = 1000
 """Claims that one call takes over, the host's number."""
@@ -236,11 +238,17 @@ async def has_finished(tx: Transaction, queue: str, task_id: str, token: int) ->
 
 
 async def finish_all(
-    tx: Transaction, queue: str, ended: Sequence[Ended], *, lock_timeout: float | None = None
+    tx: Transaction,
+    queue: str,
+    ended: Sequence[Ended],
+    *,
+    lock_timeout: float | None = None,
+    notice: Notice | None = None,
 ) -> list[bool]:
     """`finish` for many tasks, each under a claim of its own; an id occurs once.
 
-    With a lock timeout, in seconds, it fails where a row is locked for longer.
+    With a lock timeout, in seconds, it fails where a row is locked for longer. A notice is sent
+    with the commit.
     """
     if tx.dialect.embedded and len(ended) == 1:
         # A large payload is neither written as JSON once more nor parsed.
@@ -249,6 +257,8 @@ async def finish_all(
         stored = await _finish_in_two(tx, queue, ended)
     else:
         statement = _finish_in_one(tx, queue, ended, lock_timeout)
+        if notice is not None:
+            statement = statement.returning(notification_store.call(notice))
         stored = {row.id for row in await tx.rows(statement)}
     if tx.repeated and len(stored) < len(ended):
         missing = {one.row.id: one.token for one in ended if one.row.id not in stored}

@@ -13,7 +13,7 @@ from ._common import among
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import ColumnElement, Select
 
     from .._database import Transaction
 
@@ -57,17 +57,16 @@ async def put(
         )
 
 
-async def get(
-    tx: Transaction, queue: str, ids: Sequence[str], *, finished: bool = False
-) -> dict[str, str]:
-    """Payloads of those that exist, or of those that have finished, by id."""
-    workflows = tx.tables.workflows
-    statement = select(workflows.c.id, workflows.c.payload).where(
-        workflows.c.queue == queue, among(tx, workflows.c.id, ids)
-    )
-    if finished:
-        statement = statement.where(workflows.c.finished)
-    return {row.id: row.payload for row in await tx.rows(statement)}
+async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
+    """Payloads of those that exist, by id."""
+    rows = await tx.rows(_among(tx, queue, ids))
+    return {row.id: row.payload for row in rows}
+
+
+async def get_finished(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
+    """Payloads of those that have finished, by id."""
+    rows = await tx.rows(_among(tx, queue, ids).where(tx.tables.workflows.c.finished))
+    return {row.id: row.payload for row in rows}
 
 
 async def get_all(tx: Transaction, queue: str, *, unfinished: bool = False) -> list[str]:
@@ -183,4 +182,11 @@ async def _stop_waiting(tx: Transaction, queue: str, workflow_id: str) -> None:
     waiting = tx.tables.workflow_tasks
     await tx.execute(
         delete(waiting).where(waiting.c.queue == queue, waiting.c.workflow_id == workflow_id)
+    )
+
+
+def _among(tx: Transaction, queue: str, ids: Sequence[str]) -> Select[tuple[str, str]]:
+    workflows = tx.tables.workflows
+    return select(workflows.c.id, workflows.c.payload).where(
+        workflows.c.queue == queue, among(tx, workflows.c.id, ids)
     )

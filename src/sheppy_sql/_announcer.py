@@ -1,0 +1,94 @@
+"""News for other processes, a little of it at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable
+
+from . import _wakeups
+
+logger = logging.getLogger("sheppy_sql")
+
+PAUSE, LONGEST_PAUSE = 0.005, 0.02
+"""Seconds between two notifications, and where one follows another without end.
+
+PostgreSQL lets one transaction of a database at a time commit that notifies.
+"""
+QUIET = 0.01
+"""Seconds without a notification, after which a statement may carry the next one.
+
+It then holds for its commit what one transaction at a time can have, so not at every moment.
+"""
+MOST_MARKS = 60
+"""In one notification, which so stays below 1,000 bytes."""
+
+
+class Announcer:
+    """Sends what is given to it: the first at once, what comes meanwhile together in the next."""
+
+    def __init__(self, send: Callable[[list[str]], Awaitable[None]]) -> None:
+        """`send` gets the marks of topics, and raises nothing."""
+        self._send = send
+        # By the mark of a group; an empty one stands for all of the group.
+        self._news: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._sending: asyncio.Task[None] | None = None
+        self._in_hurry = asyncio.Event()
+        self._sent_at = 0.0
+
+    def announce(self, topics: Iterable[_wakeups.Topic]) -> None:
+        """Send that something has come of these topics; in the event loop, and without waiting."""
+        for topic in topics:
+            group = _wakeups.group(topic)
+            in_group, known = _wakeups.mark(group), self._news
+            if topic == group:
+                known[in_group] = {}
+            elif in_group not in known or known[in_group]:
+                known[in_group][_wakeups.mark(topic)] = None
+                if len(known[in_group]) > MOST_MARKS:
+                    known[in_group] = {}
+        if self._news and self._sending is None:
+            loop = asyncio.get_running_loop()
+            # In a context of its own: it outlives whoever happens to start it.
+            self._sending = contextvars.Context().run(loop.create_task, self._send_all())
+
+    def carry(self, topics: Iterable[_wakeups.Topic]) -> list[str] | None:
+        """The marks of topics for a statement to send with its commit; None: announce them later.
+
+        That is sooner than a statement of its own, and where much is sent, dearer.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._news or self._sending is not None or now - self._sent_at < QUIET:
+            return None
+        self._sent_at = now
+        return [_wakeups.mark(topic) for topic in topics]
+
+    async def flush(self) -> None:
+        """Return when all is sent that was announced."""
+        self._in_hurry.set()
+        while self._sending is not None:
+            await asyncio.wait([self._sending])
+
+    async def _send_all(self) -> None:
+        pause = PAUSE
+        try:
+            while self._news:
+                await self._send(self._take())
+                self._sent_at = asyncio.get_running_loop().time()
+                await _wakeups.sleep_until(self._in_hurry, pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+        finally:
+            self._sending = None
+
+    def _take(self) -> list[str]:
+        """As much as goes into one notification."""
+        marks: list[str] = []
+        for group, topics in list(self._news.items()):
+            some = list(topics) or [group]
+            if marks and len(marks) + len(some) > MOST_MARKS:
+                break
+            marks += some
+            del self._news[group]
+        return marks
