@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ._batcher import Batchers
-from ._stores import claims as claim_store
-from ._stores.claims import Ended
+from ._stores import finishing
+from ._stores.finishing import Ended
 
 if TYPE_CHECKING:
     import asyncio
@@ -38,12 +38,12 @@ class Finisher:
         ttl: float | None,
         children: Children | None,
     ) -> bool:
-        """Whether the result is stored, as `claims.finish` says, with what the task enqueued."""
+        """Whether the result is stored, as `finishing.finish` says, with what the task enqueued."""
         if token is not None and children is None:
             self._database.check_turn(ACTION)
             ended = Ended(row, token, ttl)
             return await self._batchers[queue].submit(row.id, ended, len(row.payload))
-        finish = children.finish if children else claim_store.finish
+        finish = children.finish if children else finishing.finish
         return await self._database.write(ACTION, finish, queue, row, token, ttl)
 
     def _finish_all(
@@ -52,6 +52,6 @@ class Finisher:
         lock_timeout = LONE_LOCK_TIMEOUT if patient else LOCK_TIMEOUT
         return self._database.start_statement(
             ACTION,
-            lambda tx: claim_store.finish_all(tx, queue, ended, lock_timeout=lock_timeout),
+            lambda tx: finishing.finish_all(tx, queue, ended, lock_timeout=lock_timeout),
             patient=False,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ARRAY, and_, any_, delete, literal, null, or_, select, tuple_
@@ -63,3 +63,14 @@ def among(
         item = tx.dialect.unnest({"value": (column.type, values)})
         return column.in_(select(item.c.value))
     return column == any_(literal(list(values), ARRAY(column.type)))
+
+
+def held_under(tx: Transaction, queue: str, claims: Mapping[str, int]) -> list[ColumnElement[bool]]:
+    """Tasks under claims, whose tokens are given by id."""
+    tasks = tx.tables.tasks
+    return [
+        tasks.c.queue == queue,
+        among(tx, tasks.c.id, sorted(claims)),
+        # A token is of one instance's pop: a task under it is one that was asked for.
+        among(tx, tasks.c.claim_token, sorted(set(claims.values()))),
+    ]
