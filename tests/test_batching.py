@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from sheppy_sql import SqlBackend
 from sheppy_sql._payloads import encode_task
-from sheppy_sql._stores.claims import Ended, finish_all
+from sheppy_sql._stores.finishing import Ended, finish_all
 from tests.contract.tasks import FUTURE, MakeBackend, make_task
 from tests.support.databases import TestDatabase
 

@@ -377,6 +377,7 @@ class TestPostgreSQL:
         assert 0 < most <= 6
 
 
+@pytest.mark.torture
 async def test_fifty_idle_workers_do_not_all_try_to_take_one_task(
     make_backend: MakeBackend,
 ) -> None:
@@ -402,7 +403,8 @@ async def test_fifty_idle_workers_do_not_all_try_to_take_one_task(
         done = [one for one in taking if one.done()]
         assert [ids(one.result()) for one in done] == [[f"task {number}"]]
         taking = [one for one in taking if not one.done()]
-    assert 3 <= len([one for one in tries if "sheppy_tasks" in one and "claim_token" in one]) <= 30
+    # 150 if all tried each time; how many do depends on how fast the machine is.
+    assert 3 <= len([one for one in tries if "sheppy_tasks" in one and "claim_token" in one]) <= 75
     for still_taking in taking:
         still_taking.cancel()
     await asyncio.wait(taking)

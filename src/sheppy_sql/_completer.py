@@ -14,7 +14,7 @@ from ._completion import ACTION, Completion
 from ._database import locking
 from ._joined import JoinedDatabase
 from ._payloads import encode_task
-from ._stores import claims as claim_store
+from ._stores import finishing
 from ._validation import check_queue
 
 if TYPE_CHECKING:
@@ -105,9 +105,7 @@ class Completer:
                 self._database,
                 max_bytes=self._options.max_payload_bytes,
                 write_result=lambda session, payload: self._write(session, claim, payload, unit),
-                has_completed=lambda: self._database.write(
-                    ACTION, claim_store.has_finished, *claim
-                ),
+                has_completed=lambda: self._database.write(ACTION, finishing.has_finished, *claim),
                 completed=lambda: self._completed(*claim),
             )
             try:
@@ -136,7 +134,7 @@ class Completer:
         database = JoinedDatabase(session, self._database.tables, self._database.dialect)
         stored = await database.write(
             ACTION,
-            children.finish if children else claim_store.finish,
+            children.finish if children else finishing.finish,
             claim.queue,
             row,
             claim.token,

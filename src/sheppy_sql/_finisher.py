@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import _wakeups
 from ._batcher import LOCK_TIMEOUT, LONE_LOCK_TIMEOUT, Batchers
-from ._stores import claims as claim_store
-from ._stores.claims import Ended
+from ._stores import finishing
+from ._stores.finishing import Ended
 
 if TYPE_CHECKING:
     import asyncio
@@ -46,12 +46,12 @@ class Finisher:
         ttl: float | None,
         children: Children | None,
     ) -> Finish:
-        """Whether the result is stored, as `claims.finish` says, with what the task enqueued."""
+        """Whether the result is stored, as `finishing.finish` says, with what the task enqueued."""
         if token is not None and children is None:
             self._database.check_turn(ACTION)
             ended = Ended(row, token, ttl)
             return await self._batchers[queue].submit([row.id], ended, len(row.payload))
-        finish = children.finish if children else claim_store.finish
+        finish = children.finish if children else finishing.finish
         stored = await self._database.write(ACTION, finish, queue, row, token, ttl)
         return Finish(stored, told=False)
 
@@ -67,7 +67,7 @@ class Finisher:
         notice = self._carry([_wakeups.finished(queue, ended[0].row.id)]) if is_lone else None
 
         async def finish(tx: Transaction) -> list[Finish]:
-            stored = await claim_store.finish_all(
+            stored = await finishing.finish_all(
                 tx, queue, ended, lock_timeout=lock_timeout, notice=notice
             )
             return [Finish(one, told=notice is not None) for one in stored]

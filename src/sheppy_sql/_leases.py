@@ -11,6 +11,7 @@ from ._payloads import Payload, decode, encode_task, failure_of
 from ._process import is_gone
 from ._stores import claims as claim_store
 from ._stores import consumers as consumer_store
+from ._stores import finishing
 from ._stores.consumers import Policy
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Leases:
                 failed = _failed(decode(claim.payload), owner, crashes)
                 row = encode_task(failed, len(claim.payload) * 2 + 10_000)
                 ttl = self._options.ttl_for(failed)
-                await claim_store.finish(tx, claim.queue, row, claim.claim_token, ttl)
+                await finishing.finish(tx, claim.queue, row, claim.claim_token, ttl)
                 returned.failed.append((claim.queue, claim.id))
             else:
                 returned.requeued.append((claim.queue, claim.id))

@@ -44,7 +44,7 @@ class Line:
     """Shared by the sessions on one database in one event loop, as long as there are any."""
 
     def __init__(self, wakeups: Wakeups, database: Database, installation: str) -> None:
-        self.place: Hashable = database.engine.url
+        self.place: Hashable = _place(database)
         self.is_told = False
         self._wakeups = wakeups
         self._loop = database.loop
@@ -63,7 +63,7 @@ class Line:
     def joined_by(cls, database: Database, wakeups: Wakeups, installation: str) -> Line:
         """The line of a session's database, which is open until the last one has left."""
         others = (line for line in wakeups.lines if isinstance(line, cls) and line.is_here)
-        place = database.engine.url
+        place = _place(database)
         line = next((other for other in others if other.place == place), None)
         if line is None:
             line = cls(wakeups, database, installation)
@@ -258,6 +258,11 @@ class Subscription(Pace):
 
     def abandon(self) -> None:
         self._line.abandon()
+
+
+def _place(database: Database) -> Hashable:
+    # A URL makes its text anew each time that it is compared.
+    return database.engine.url.render_as_string(hide_password=False)
 
 
 def _told(error: Exception) -> BackendError:

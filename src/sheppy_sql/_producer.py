@@ -13,7 +13,7 @@ from . import _unit, _wakeups
 from ._appender import append_by_itself
 from ._database import new_token
 from ._payloads import Payload, TaskRow, decode, encode_task
-from ._stores import claims as claim_store
+from ._stores import finishing
 from ._stores import queues as queue_store
 from ._stores import scheduled as schedule_store
 from ._stores import tasks as task_store
@@ -143,7 +143,7 @@ class Producer:
 
     async def _postpone(self, queue: str, row: TaskRow, token: int, slot: datetime) -> None:
         await self._database.write(
-            "postpone a task", claim_store.postpone, queue, row, token, slot, new_token()
+            "postpone a task", finishing.postpone, queue, row, token, slot, new_token()
         )
         self._claims.postpone(queue, row.id, token)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from . import _wakeups
 from ._payloads import Payload, decode, encode_task
-from ._stores import claims as claim_store
+from ._stores import finishing
 from ._stores import tasks as task_store
 from ._stores.receipts import once
 from ._validation import check_key, check_queue
@@ -57,5 +57,5 @@ class Remover:
         task = {**decode(payload), **ended}
         # What is stored already is not refused for its size.
         row = encode_task(task, len(payload) * 2 + 1000)
-        await claim_store.finish(tx, queue, row, None, self._options.ttl_for(task))
+        await finishing.finish(tx, queue, row, None, self._options.ttl_for(task))
         return [row.payload]

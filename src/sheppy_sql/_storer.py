@@ -13,7 +13,7 @@ from ._claims import Park
 from ._finisher import Finisher
 from ._payloads import Payload, TaskRow, TooLargeError, decode, encode_task, failure_of
 from ._retries import retry_of
-from ._stores import claims as claim_store
+from ._stores import finishing
 from ._stores import results as result_store
 from ._stores import tasks as task_store
 from ._validation import check_queue
@@ -130,7 +130,7 @@ class Storer:
         # What is stored already is not refused for its size.
         row = encode_task(failed, len(before[task_id]) * 2 + 10_000)
         ttl = self._options.ttl_for(failed)
-        await self._database.write("store a result", claim_store.finish, queue, row, token, ttl)
+        await self._database.write("store a result", finishing.finish, queue, row, token, ttl)
         self.end_claim(queue, task_id, token)
         self._wakeups.wake([_wakeups.finished(queue, task_id)])
 
@@ -138,7 +138,7 @@ class Storer:
         retry = retry_of(task, self._options.handover)
         stored: bool = await self._database.write(
             "store a task",
-            claim_store.set_aside,
+            finishing.set_aside,
             queue,
             row,
             token,

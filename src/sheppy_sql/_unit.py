@@ -37,7 +37,7 @@ class Children:
     async def finish(
         self, tx: Transaction, queue: str, row: TaskRow, token: int | None, ttl: float | None
     ) -> bool:
-        """Store the parent's result as `claims.finish` does, and enqueue what it wanted."""
+        """Store the parent's result as `finishing.finish` does, and enqueue what it wanted."""
         children, append_token = self._children, self._token
         return await child_store.finish(tx, queue, row, token, ttl, children, append_token)
 

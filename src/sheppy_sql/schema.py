@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,6 +121,8 @@ class Tables:
     schema: Table
     positions: Sequence
     append: Routine
+    made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Statements that are made once; see made_once of the stores."""
 
 
 def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tables:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .._urls import Target
 
-    Columns = Mapping[str, tuple[TypeEngine[Any], Sequence[Any]]]
+    Columns = Mapping[str, tuple[TypeEngine[Any], Sequence[Any] | None]]
 
 
 class Dialect(ABC):
@@ -87,7 +87,10 @@ class Dialect(ABC):
 
     @abstractmethod
     def unnest(self, columns: Columns) -> FromClause:
-        """Rows from lists, in one parameter a column, with `ordinal` counting from 1."""
+        """Rows from lists, in one parameter a column, with `ordinal` counting from 1.
+
+        On a server a list may be None: it is then given as the parameter of the column's name.
+        """
 
     @abstractmethod
     def insert(self, table: Table) -> PostgreSQLInsert | SQLiteInsert:

@@ -186,7 +186,10 @@ class PostgreSQL(Dialect):
 
     def unnest(self, columns: Columns) -> FromClause:
         arrays = [
-            bindparam(None, list(values), type_=ARRAY(type_)) for type_, values in columns.values()
+            bindparam(name, type_=ARRAY(type_))
+            if values is None
+            else bindparam(None, list(values), type_=ARRAY(type_))
+            for name, (type_, values) in columns.items()
         ]
         names = [column(name, type_) for name, (type_, _) in columns.items()]
         return (

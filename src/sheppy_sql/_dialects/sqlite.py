@@ -147,7 +147,7 @@ class SQLite(Dialect):
     def unnest(self, columns: Columns) -> FromClause:
         rows = [
             [sqlite_timestamp(value) if isinstance(value, datetime) else value for value in row]
-            for row in zip(*(values for _, values in columns.values()), strict=True)
+            for row in zip(*(values or () for _, values in columns.values()), strict=True)
         ]
         item = func.json_each(json.dumps(rows)).table_valued("key", "value", name="entry")
         extracted = [

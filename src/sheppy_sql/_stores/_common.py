@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import ARRAY, and_, any_, delete, literal, null, or_, select, tuple_
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from sqlalchemy import CTE, ColumnElement, Delete, Table
 
     from .._database import Transaction
+
+S = TypeVar("S")
 
 CRON_RUN = "________-____-5___-____-____________"
 """What the ids of a cron's runs look like: UUIDs of version 5, made of the time of the run."""
@@ -21,6 +23,18 @@ A worker whose clock is slow would schedule the same run once more.
 """
 
 UNCLAIMED: dict[str, Any] = {"owner": null(), "claim_token": null(), "heartbeat_at": null()}
+
+
+def made_once(tx: Transaction, make: Callable[..., S], *flags: bool) -> S:
+    """The statement that `make(tx, *flags)` makes of the tables, for the parameters it names.
+
+    Making one takes longer than carrying it out.
+    """
+    made, key = tx.tables.made, (make, flags)
+    if key not in made:
+        made[key] = make(tx, *flags)
+    statement: S = made[key]
+    return statement
 
 
 def unexpired(tx: Transaction) -> ColumnElement[bool]:
@@ -63,3 +77,14 @@ def among(
         item = tx.dialect.unnest({"value": (column.type, values)})
         return column.in_(select(item.c.value))
     return column == any_(literal(list(values), ARRAY(column.type)))
+
+
+def held_under(tx: Transaction, queue: str, claims: Mapping[str, int]) -> list[ColumnElement[bool]]:
+    """Tasks under claims, whose tokens are given by id."""
+    tasks = tx.tables.tasks
+    return [
+        tasks.c.queue == queue,
+        among(tx, tasks.c.id, sorted(claims)),
+        # A token is of one instance's pop: a task under it is one that was asked for.
+        among(tx, tasks.c.claim_token, sorted(set(claims.values()))),
+    ]

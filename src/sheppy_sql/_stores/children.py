@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from ..schema import PENDING, SCHEDULED
-from . import claims as claim_store
+from . import finishing
 from . import queues as queue_store
 from . import results as result_store
 from . import scheduled as schedule_store
@@ -37,11 +37,11 @@ async def finish(
     children: Sequence[Child],
     append_token: int,
 ) -> bool:
-    """`claims.finish`, with children enqueued if and only if the result is stored."""
+    """`finishing.finish`, with children enqueued if and only if the result is stored."""
     claimed = token is not None
     if claimed and tx.repeated and await result_store.is_of_claim(tx, queue, row.id, token):
         return True
-    if not await claim_store.finish(tx, queue, row, token, ttl):
+    if not await finishing.finish(tx, queue, row, token, ttl):
         return False
     for child_queue in sorted({child.queue for child in children}):
         of_queue = [child for child in children if child.queue == child_queue]

@@ -1,57 +1,30 @@
-"""Taking tasks, and what becomes of them: handed back, put aside, finished."""
+"""Taking tasks, and handing them back."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
-    BigInteger,
-    Float,
     Integer,
-    Interval,
-    Text,
-    and_,
-    delete,
-    func,
-    literal,
     literal_column,
     null,
     select,
-    tuple_,
     update,
 )
 
-from ..schema import CLAIMED, IDLE, PENDING, SCHEDULED, Timestamp
+from ..schema import CLAIMED, IDLE, PENDING
 from . import consumers as consumer_store
-from . import notifications as notification_store
-from . import results as result_store
-from . import scheduled as schedule_store
-from . import tasks as task_store
-from ._common import UNCLAIMED, among, in_order
+from ._common import UNCLAIMED, among, held_under, in_order
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select, Update
-    from sqlalchemy.sql.dml import ReturningInsert
 
     from .._database import Transaction
-    from .._dialects.base import Columns
-    from .._payloads import TaskRow
-    from .._wakeups import Notice
 
 MOST_STALE = 1000
 """Claims that one call takes over, the host's number."""
-
-
-class Ended(NamedTuple):
-    """A task that ran to its end under a claim."""
-
-    row: TaskRow
-    token: int
-    ttl: float | None
-    """Seconds to keep it; None for ever."""
 
 
 # A literal, like the states: a partial index has it in its predicate.
@@ -133,7 +106,7 @@ async def take_over(
 async def renew(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
     """A sign of life for claims, tokens by id, that still hold."""
     # One that an open transaction has locked must not keep all others from being renewed.
-    renewed = _update_in_order(tx, *_held(tx, queue, claims), skip_locked=True)
+    renewed = _update_in_order(tx, *held_under(tx, queue, claims), skip_locked=True)
     await tx.execute(renewed.values(heartbeat_at=tx.dialect.now()))
 
 
@@ -198,206 +171,8 @@ async def get_suspect_queues(tx: Transaction) -> list[str]:
 
 async def end(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
     """End claims, tokens by id, where they still hold; the tasks stay, in no queue."""
-    ended = _update_in_order(tx, *_held(tx, queue, claims))
+    ended = _update_in_order(tx, *held_under(tx, queue, claims))
     await tx.execute(ended.values(state=IDLE, position=null(), **UNCLAIMED))
-
-
-async def finish(
-    tx: Transaction, queue: str, row: TaskRow, token: int | None, ttl: float | None
-) -> bool:
-    """Move a task to the results for `ttl` seconds (None: for ever).
-
-    With a claim's token only while that claim holds, else False. Without one,
-    whatever the task was before.
-    """
-    tasks = tx.tables.tasks
-    mine = delete(tasks).where(tasks.c.queue == queue, tasks.c.id == row.id)
-    if token is None:
-        # Stored first, so that its row is locked: it is what keeps the id unique.
-        await _store(tx, queue, row)
-        await schedule_store.remove(tx, queue, row.id)
-    else:
-        mine = mine.where(tasks.c.claim_token == token)
-    ended = await tx.rows(mine.returning(tasks.c.append_token))
-    if not ended:
-        # Stored at the first try, though its answer was lost?
-        return tx.repeated and await result_store.is_of_claim(tx, queue, row.id, token)
-    await result_store.put(tx, queue, row, token, ended[0].append_token, ttl)
-    return True
-
-
-async def has_finished(tx: Transaction, queue: str, task_id: str, token: int) -> bool:
-    """Whether a claim ended in a result; waits for a transaction that is about to end it."""
-    tasks = tx.tables.tasks
-    claimed = select(1).where(
-        tasks.c.queue == queue, tasks.c.id == task_id, tasks.c.claim_token == token
-    )
-    if await tx.scalar(claimed.with_for_update()) is not None:
-        return False
-    return await result_store.is_of_claim(tx, queue, task_id, token)
-
-
-async def finish_all(
-    tx: Transaction,
-    queue: str,
-    ended: Sequence[Ended],
-    *,
-    lock_timeout: float | None = None,
-    notice: Notice | None = None,
-) -> list[bool]:
-    """`finish` for many tasks, each under a claim of its own; an id occurs once.
-
-    With a lock timeout, in seconds, it fails where a row is locked for longer. A notice is sent
-    with the commit.
-    """
-    if tx.dialect.embedded and len(ended) == 1:
-        # A large payload is neither written as JSON once more nor parsed.
-        return [await finish(tx, queue, *ended[0])]
-    if tx.dialect.embedded:
-        stored = await _finish_in_two(tx, queue, ended)
-    else:
-        statement = _finish_in_one(tx, queue, ended, lock_timeout)
-        if notice is not None:
-            statement = statement.returning(notification_store.call(notice))
-        stored = {row.id for row in await tx.rows(statement)}
-    if tx.repeated and len(stored) < len(ended):
-        missing = {one.row.id: one.token for one in ended if one.row.id not in stored}
-        stored |= await result_store.of_claims(tx, queue, missing)
-    return [one.row.id in stored for one in ended]
-
-
-async def _finish_in_two(tx: Transaction, queue: str, ended: Sequence[Ended]) -> set[str]:
-    """The ids of the tasks that were moved to the results."""
-    tasks = tx.tables.tasks
-    claims = {one.row.id: one.token for one in ended}
-    pair = tx.dialect.unnest(
-        {"id": (Text(), list(claims)), "claim_token": (BigInteger(), list(claims.values()))}
-    )
-    mine = [
-        # By the ids, as _held says; and each under its own claim: a task may have been taken anew
-        # in the very pop that took another of these.
-        *_held(tx, queue, claims),
-        tuple_(tasks.c.id, tasks.c.claim_token).in_(select(pair.c.id, pair.c.claim_token)),
-    ]
-    gone = delete(tasks).where(*mine).returning(tasks.c.id, tasks.c.append_token)
-    append_tokens = {row.id: row.append_token for row in await tx.rows(gone)}
-    moved = [one for one in ended if one.row.id in append_tokens]
-    if moved:
-        clock = datetime.now(timezone.utc)  # which is the database's
-        ends = [None if one.ttl is None else clock + timedelta(seconds=one.ttl) for one in moved]
-        tokens = [append_tokens[one.row.id] for one in moved]
-        more: Columns = {"append_token": (BigInteger(), tokens), "expires_at": (Timestamp(), ends)}
-        item = tx.dialect.unnest({**_columns(moved), **more})
-        insertion = result_store.insert_all(
-            tx, queue, item, append_token=item.c.append_token, expires_at=item.c.expires_at
-        )
-        await tx.execute(insertion)
-    return set(append_tokens)
-
-
-def _finish_in_one(
-    tx: Transaction, queue: str, ended: Sequence[Ended], lock_timeout: float | None
-) -> ReturningInsert[Any]:
-    """The statement that moves tasks to the results, and returns their ids."""
-    tasks = tx.tables.tasks
-    ttl = {"ttl": (Float(), [one.ttl for one in ended])}
-    item = tx.dialect.unnest({**_columns(ended), **ttl})
-    given = select(item).cte("given").prefix_with("MATERIALIZED")
-    mine = (
-        select(tasks.c.id)
-        .join(given, and_(tasks.c.id == given.c.id, tasks.c.claim_token == given.c.claim_token))
-        .where(tasks.c.queue == queue)
-    )
-    if lock_timeout is not None and not tx.is_callers:
-        # Of this statement, which is a transaction by itself: rows are locked once all are found.
-        milliseconds = f"{round(lock_timeout * 1000)}ms"
-        mine = mine.where(func.set_config("lock_timeout", milliseconds, True) != "")
-    locked = (
-        mine.order_by(tasks.c.id)
-        .with_for_update(of=tasks)
-        .cte("locked")
-        .prefix_with("MATERIALIZED")
-    )
-    gone = (
-        delete(tasks)
-        .where(tasks.c.queue == queue, tasks.c.id == locked.c.id)
-        .returning(tasks.c.id, tasks.c.append_token)
-        .cte("gone")
-    )
-    moved = given.join(gone, gone.c.id == given.c.id)
-    insertion = result_store.insert_all(
-        tx,
-        queue,
-        given,
-        moved,
-        append_token=gone.c.append_token,
-        expires_at=tx.dialect.now() + given.c.ttl * literal(timedelta(seconds=1), Interval),
-    )
-    return insertion.returning(tx.tables.results.c.id)
-
-
-def _columns(ended: Sequence[Ended]) -> Columns:
-    rows = [one.row for one in ended]
-    return {
-        "id": (Text(), [row.id for row in rows]),
-        "payload": (Text(), [row.payload for row in rows]),
-        "status": (Text(), [row.status for row in rows]),
-        "func": (Text(), [row.func for row in rows]),
-        "claim_token": (BigInteger(), [one.token for one in ended]),
-    }
-
-
-async def set_aside(
-    tx: Transaction, queue: str, row: TaskRow, token: int | None, retry_in: float | None
-) -> bool:
-    """Store a task that ran and is not finished; False where its claim no longer holds.
-
-    It is then in no queue until somebody schedules or appends it, or, if it is
-    to be retried, until `retry_in` seconds have passed without either.
-    """
-    if token is None:
-        await _store(tx, queue, row)
-        await result_store.remove(tx, queue, row.id)
-        return True
-    tasks = tx.tables.tasks
-    state = IDLE if retry_in is None else SCHEDULED
-    statement = (
-        update(tasks)
-        .where(tasks.c.queue == queue, tasks.c.id == row.id, tasks.c.claim_token == token)
-        .values(payload=row.payload, status=row.status, state=state, position=null(), **UNCLAIMED)
-    )
-    if await tx.count(statement) == 0:
-        return tx.repeated and (
-            await schedule_store.is_parked(tx, queue, row.id, token)
-            if retry_in is not None
-            else await _is_idle(tx, queue, row)
-        )
-    if retry_in is not None:
-        await schedule_store.park(tx, queue, row.id, retry_in, token)
-    return True
-
-
-async def postpone(
-    tx: Transaction, queue: str, row: TaskRow, token: int, run_at: datetime, append_token: int
-) -> None:
-    """End a claim, if it still holds, by scheduling its task."""
-    tasks = tx.tables.tasks
-    if tx.repeated and await task_store.find_appended(tx, queue, [row.id], append_token):
-        return
-    statement = (
-        update(tasks)
-        .where(tasks.c.queue == queue, tasks.c.id == row.id, tasks.c.claim_token == token)
-        .values(
-            payload=row.payload,
-            status=row.status,
-            state=SCHEDULED,
-            position=null(),
-            append_token=append_token,
-            **UNCLAIMED,
-        )
-    )
-    if await tx.count(statement) > 0:
-        await schedule_store.put(tx, queue, row.id, run_at)
 
 
 def _take(
@@ -434,38 +209,3 @@ def _under(tx: Transaction, owner: str, token: int | None) -> list[ColumnElement
     tasks = tx.tables.tasks
     held = [tasks.c.owner == owner, tasks.c.state == CLAIMED]
     return held if token is None else [*held, tasks.c.claim_token == token]
-
-
-def _held(tx: Transaction, queue: str, claims: Mapping[str, int]) -> list[ColumnElement[bool]]:
-    """Under the claims, tokens by id."""
-    tasks = tx.tables.tasks
-    return [
-        tasks.c.queue == queue,
-        among(tx, tasks.c.id, sorted(claims)),
-        # A token is of one instance's pop: a task under it is one that was asked for.
-        among(tx, tasks.c.claim_token, sorted(set(claims.values()))),
-    ]
-
-
-async def _is_idle(tx: Transaction, queue: str, row: TaskRow) -> bool:
-    """Whether the task is stored just so, and in no queue."""
-    tasks = tx.tables.tasks
-    stored = select(1).where(
-        tasks.c.queue == queue,
-        tasks.c.id == row.id,
-        tasks.c.state == IDLE,
-        tasks.c.payload == row.payload,
-    )
-    return await tx.scalar(stored) is not None
-
-
-async def _store(tx: Transaction, queue: str, row: TaskRow) -> None:
-    """Replace the payload of a live task, whoever holds it, or make one that is in no queue."""
-    tasks = tx.tables.tasks
-    changes = {"payload": row.payload, "status": row.status}
-    statement = tx.dialect.insert(tasks).values(
-        queue=queue, id=row.id, state=IDLE, func=row.func, created_at=row.created_at, **changes
-    )
-    await tx.execute(
-        statement.on_conflict_do_update(index_elements=[tasks.c.queue, tasks.c.id], set_=changes)
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Text, bindparam, func, literal, select
+from sqlalchemy import Text, bindparam, func, select
 from sqlalchemy.types import NullType
 
 if TYPE_CHECKING:
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from .._database import Transaction
 from .._wakeups import Notice
 
-# Built once: that takes as long as sending it.
-_NOTIFY = select(func.pg_notify(bindparam("channel", type_=Text), bindparam("text", type_=Text)))
-
+CALL: ColumnElement[None] = func.pg_notify(
+    bindparam("channel", type_=Text), bindparam("text", type_=Text), type_=NullType
+)
+"""What sends a notice with the commit of a statement, if it is evaluated for any row there."""
+_NOTIFY = select(CALL)
 
 TO_ALL = "-"
 """In the place of a sender who wants to hear it himself."""
@@ -37,9 +39,4 @@ def notice_of(installation: str, sender: str, marks: Iterable[str]) -> Notice:
 
 async def send(tx: Transaction, notice: Notice) -> None:
     """Notify whoever listens, once the transaction is committed."""
-    await tx.execute(_NOTIFY.params(notice._asdict()))
-
-
-def call(notice: Notice) -> ColumnElement[None]:
-    """What sends it with the commit of a statement, if it is evaluated for any row there."""
-    return func.pg_notify(literal(notice.channel, Text), literal(notice.text, Text), type_=NullType)
+    await tx.execute(_NOTIFY, notice._asdict())

@@ -49,7 +49,7 @@ async def put(
 
 def insert_all(
     tx: Transaction,
-    queue: str,
+    queue: ColumnElement[str],
     item: FromClause,
     source: FromClause | None = None,
     *,
@@ -62,7 +62,7 @@ def insert_all(
     """
     results = tx.tables.results
     values = {
-        "queue": literal(queue, Text),
+        "queue": queue,
         **{name: item.c[name] for name in ("id", "payload", "status", "func", "claim_token")},
         "append_token": append_token,
         "finished_at": tx.dialect.now(),
