@@ -73,6 +73,9 @@ class Batcher(Generic[I, R]):
         self._held_up: deque[Call[I, R]] = deque()
         self._in_flight = False
         self._singles = 0
+        self._has_company = False
+        """Whether the last batch had more than one call: then others are likely to come."""
+        self._is_about_to_go_on = False
 
     async def submit(self, keys: Collection[str], item: I, size: int) -> R:
         """How the item ended, once it is committed; `size` as the batch is to be limited by.
@@ -83,7 +86,7 @@ class Batcher(Generic[I, R]):
         loop = asyncio.get_running_loop()
         call: Call[I, R] = Call(keys, item, size, loop.create_future(), contextvars.copy_context())
         self._waiting.append(call)
-        self._go_on()
+        self._go_on_soon(loop)
         try:
             return await call.answer
         except asyncio.CancelledError:
@@ -93,9 +96,19 @@ class Batcher(Generic[I, R]):
                 await asyncio.wait([call.answer], timeout=self._patience)
             raise
 
+    def _go_on_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """At once for a lone caller; else when all have come that are about to in this turn."""
+        if not self._has_company:
+            self._go_on()
+        elif not self._is_about_to_go_on:
+            self._is_about_to_go_on = True
+            loop.call_soon(self._go_on)
+
     def _go_on(self) -> None:
+        self._is_about_to_go_on = False
         while not self._in_flight and self._waiting:
             batch = self._next_batch()
+            self._has_company = len(batch) > 1
             self._in_flight = self._begin(batch, self._batch_ended, patient=False)
         while self._held_up and self._singles < SINGLES:
             single = [self._held_up.popleft()]
@@ -141,7 +154,8 @@ class Batcher(Generic[I, R]):
             self._held_up += batch
         else:
             _tell(batch, outcome)
-        self._go_on()
+        # Those who are told may have more to say, in the very turn that wakes them.
+        self._go_on_soon(asyncio.get_running_loop())
 
     def _single_ended(self, batch: list[Call[I, R]], outcome: Outcome[R]) -> None:
         self._singles -= 1

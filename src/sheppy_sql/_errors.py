@@ -73,6 +73,7 @@ _HINTS_BY_STATE = {
     "42P01": f"tables are missing or another schema is meant: {UPGRADE_HINT}",
     "3F000": f"the schema is missing: {UPGRADE_HINT}",
     "42703": f"the tables are of another version: {VERSION_HINT}",
+    "42883": f"the tables are of another version: {VERSION_HINT}",
     "42501": 'migrate as the owner of the tables; for others it runs "sheppy-sql db grant ROLE"',
     "25P02": "roll back the transaction, which an earlier error has ended",
     "25006": "the server is read-only: connect to the primary",
