@@ -16,7 +16,7 @@ from . import _pruner, _urls, _wakeups
 from ._background import Background
 from ._completer import Completer
 from ._consumer import Consumer
-from ._database import Database, Transaction
+from ._database import Database, Transaction, abandon
 from ._definitions import Definitions
 from ._dialects import dialect_named
 from ._errors import is_missing_table
@@ -244,7 +244,7 @@ class Session:
     def abandon(self) -> None:
         """Leave without a word: the event loop is closed, or the sockets are the parent's."""
         if self._owns_engine:
-            self.database.engine.sync_engine.dispose(close=False)
+            abandon(self.database.engine)
         self.completer.abandon()
         self._background.abandon()
         if self._subscription is not None:
