@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,7 +19,7 @@ import pytest
 from sheppy import BackendError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sheppy_sql import SqlBackend, migrate
+from sheppy_sql import SqlBackend, _wakeups, migrate
 from sheppy_sql._dialects import poolers
 from sheppy_sql._errors import Fault, fault
 from tests.concurrency.test_exactly_once import run_all
@@ -322,3 +323,44 @@ async def test_engine_of_the_application_is_believed_to_fit_when_told(
 ) -> None:
     backend = await make_backend(make_engine(), prepared_statements=True)
     assert await backend.size("q") == 0
+
+
+async def test_whoever_waits_looks_where_no_notification_comes_through(
+    make_backend: MakeBackend, server: PostgresServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LISTEN is of a connection to the server, which is somebody else's at the next moment."""
+    caplog.set_level(logging.INFO, "sheppy_sql")
+    pooled, user = await make_backend(), await make_backend(notify="off")
+    taking = asyncio.create_task(pooled.pop("q", timeout=60))
+    line: Any = pooled._connected.wakeups.lines[0]
+    await asyncio.wait_for(line._tried.wait(), 30)
+    assert not line.is_told
+    await user.append("q", [make_task("one")])
+    assert ids(await asyncio.wait_for(taking, 20)) == ["one"]
+    [said] = [message for message in caplog.messages if "none comes back" in message]
+    assert "pooler" in said
+    # Whoever gets that connection next is told nothing.
+    direct = await asyncpg.connect(server.url().replace("+asyncpg", ""))
+    listening = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+    assert await direct.fetchval(listening) == 0
+    await direct.close()
+
+
+async def test_notifications_that_are_required_are_missed(make_backend: MakeBackend) -> None:
+    backend = await make_backend(notify="on")
+    with pytest.raises(BackendError, match="pooler"):
+        await asyncio.wait_for(backend.pop("q", timeout=60), 30)
+
+
+async def test_whoever_listens_directly_hears_of_tasks_that_come_through_it(
+    make_backend: MakeBackend, server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_wakeups, "hub", lambda _: _wakeups.Wakeups())
+    monkeypatch.setattr(_wakeups, "FIRST_POLL", 60.0)
+    pooled = await make_backend()
+    direct = await make_backend(server.url(), notify="on", max_poll_interval=60)
+    taking = asyncio.create_task(direct.pop("q", timeout=60))
+    while not direct._connected.wakeups.anybody:  # noqa: ASYNC110  # nothing tells of it
+        await asyncio.sleep(0.01)
+    await pooled.append("q", [make_task("one")])
+    assert ids(await asyncio.wait_for(taking, 20)) == ["one"]

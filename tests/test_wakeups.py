@@ -22,6 +22,7 @@ from sheppy_sql._listener import Line
 from sheppy_sql._stores import notifications as notification_store
 from tests.contract.tasks import FUTURE, QUEUE, MakeBackend, finished, ids, make_task, make_tasks
 from tests.support.databases import TestDatabase
+from tests.support.processes import Spawner
 
 SOON = 20.0  # seconds, a ceiling: it takes milliseconds
 NEVER = 60.0  # seconds
@@ -375,6 +376,106 @@ class TestPostgreSQL:
             await asyncio.gather(*map(work, taken))
         await asyncio.wait_for(asyncio.gather(*waiting), SOON)
         assert 0 < most <= 6
+
+
+WAITER = """
+import asyncio, sys
+from sheppy_sql import SqlBackend, _wakeups
+_wakeups.FIRST_POLL = 60.0
+async def main():
+    backend = SqlBackend(sys.argv[1], max_poll_interval=60.0, notify=sys.argv[2])
+    await backend.connect()
+    await backend.append("ready", [{"id": "told", "status": "new", "finished_at": None}])
+    [task] = await backend.pop("test", timeout=60)
+    print("took", task["id"], flush=True)
+asyncio.run(main())
+"""
+
+
+async def test_another_process_is_told_indeed(
+    make_backend: MakeBackend, database: TestDatabase, spawn: Spawner
+) -> None:
+    user = await make_backend()
+    child = spawn.script(WAITER, database.worker_url, "on")
+    # Before it listens as well: whoever comes to listen looks once more.
+    assert ids(await user.pop("ready", timeout=NEVER)) == ["told"]
+    await user.append(QUEUE, [make_task("one")])
+    assert await asyncio.wait_for(asyncio.to_thread(child.wait_for, "took"), SOON) == "took one"
+    await asyncio.to_thread(child.wait)
+
+
+FORK = """
+import asyncio, os, sys
+from sheppy_sql import SqlBackend, _wakeups
+_wakeups.FIRST_POLL = 60.0
+backend = SqlBackend(sys.argv[1], max_poll_interval=60.0)
+
+def take(queue):
+    return asyncio.create_task(backend.pop(queue, timeout=60))
+
+async def told():
+    while not backend._connected.wakeups.lines[0].is_told:
+        await asyncio.sleep(0.01)
+
+async def child():
+    await backend.connect()
+    taking = take("child")
+    await told()
+    print("child waits", flush=True)
+    print("child took", (await taking)[0]["id"], flush=True)
+    await backend.disconnect()
+
+async def parent():
+    await backend.connect()
+    taking = take("parent")
+    await told()
+    if (pid := os.fork()) == 0:
+        asyncio._set_running_loop(None)
+        try:
+            asyncio.run(child())
+        finally:
+            os._exit(0)
+    await asyncio.to_thread(os.waitpid, pid, 0)
+    assert backend._connected.wakeups.lines[0].is_told
+    print("parent waits", flush=True)
+    print("parent took", (await taking)[0]["id"], flush=True)
+    await backend.disconnect()
+asyncio.run(parent())
+"""
+
+
+@pytest.mark.posix
+async def test_forked_child_listens_by_itself_and_its_parent_goes_on(
+    make_backend: MakeBackend, database: TestDatabase, spawn: Spawner
+) -> None:
+    user = await make_backend()
+    process = spawn.script(FORK, database.worker_url)
+    for who in ("child", "parent"):
+        await asyncio.to_thread(process.wait_for, f"{who} waits")
+        await user.append(who, [make_task("one")])
+        assert await asyncio.to_thread(process.wait_for, f"{who} took") == f"{who} took one"
+    assert await asyncio.to_thread(process.wait) == 0, process.report()
+
+
+async def test_one_instance_hears_in_one_event_loop_after_another(
+    database: TestDatabase,
+) -> None:
+    backend, user = SqlBackend(database.worker_url), SqlBackend(database.worker_url)
+
+    async def work(*, leave: bool) -> None:
+        await backend.connect()
+        await user.connect()
+        taking = await begin(backend, backend.pop(QUEUE, timeout=NEVER))
+        await user.append(QUEUE, [make_task("one")])
+        [task] = await soon(taking)
+        await backend.store_result(QUEUE, finished(task))
+        await backend.delete_task(QUEUE, "one")
+        await user.disconnect()
+        if leave:
+            await backend.disconnect()
+
+    for leave in (False, True):
+        await asyncio.to_thread(asyncio.run, work(leave=leave))
 
 
 @pytest.mark.torture

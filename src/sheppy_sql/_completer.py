@@ -11,7 +11,7 @@ from sheppy import BackendError, Task
 
 from . import _unit
 from ._completion import ACTION, Completion
-from ._database import locking
+from ._database import abandon, locking
 from ._joined import JoinedDatabase
 from ._payloads import encode_task
 from ._stores import finishing
@@ -91,7 +91,7 @@ class Completer:
     def abandon(self) -> None:
         """Leave the connections as they are: the event loop is closed, or they are the parent's."""
         if self._engine is not None:
-            self._engine.sync_engine.dispose(close=False)
+            abandon(self._engine)
 
     @asynccontextmanager
     async def _complete(self, task: Task, claim: Claim) -> AsyncIterator[Completion]:

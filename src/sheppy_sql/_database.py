@@ -42,7 +42,7 @@ from ._errors import (
 from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Executable
+    from sqlalchemy import Connection, Executable, Pool
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from ._dialects import Dialect
@@ -139,6 +139,8 @@ class OwnTransaction(Transaction):
     async def do(self, function: Callable[[Connection], T]) -> T:
         return function(self.connection)
 
+
+_abandoned: list[Pool] = []
 
 _locks: weakref.WeakKeyDictionary[Engine, tuple[asyncio.AbstractEventLoop, asyncio.Lock]] = (
     weakref.WeakKeyDictionary()
@@ -500,6 +502,14 @@ def twin(engine: AsyncEngine) -> AsyncEngine:
             hide_parameters=True,
         )
     )
+
+
+def abandon(engine: AsyncEngine) -> None:
+    """Leave an engine's connections as they are: their event loop is closed, or the parent's."""
+    # Kept: at its end a connection's transport would tell the selector, which a child shares with
+    # its parent, and the parent would wait for ever.
+    _abandoned.append(engine.sync_engine.pool)
+    engine.sync_engine.dispose(close=False)
 
 
 async def _connect(engine: AsyncEngine) -> AsyncConnection:

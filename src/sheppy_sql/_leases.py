@@ -63,6 +63,7 @@ class Leases:
         self._owner = owner
         self._host_decides = host_decides
         self._unknown_due = 0.0
+        self._looks_for_suspects = self._has_returned = False
         self.interval = min(options.lease / CHECKS_PER_LEASE, LONGEST_INTERVAL)
 
     async def reclaim(self) -> None:
@@ -74,6 +75,11 @@ class Leases:
         if not self._host_decides and not self._database.is_in_memory:
             await self._reclaim_from_known()
             await self._reclaim_from_unknown_now_and_then()
+        # Every other time: nobody dies so often, and what was just returned may be of them.
+        self._looks_for_suspects = not self._looks_for_suspects
+        if not self._looks_for_suspects and not self._has_returned:
+            return
+        self._has_returned = False
         queues = await self._database.read("look for suspects", claim_store.get_suspect_queues)
         self._suspects.saw(queues)
         # Whoever waits here may be the one that is free for them.
@@ -115,6 +121,7 @@ class Leases:
             "return a dead worker's tasks", self._return, owner, policy, known_by_its_lease
         )
         if returned.requeued or returned.failed:
+            self._has_returned = True
             logger.warning(
                 "Worker %s died: of its tasks %d are taken again and %d have failed",
                 owner,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sheppy import BackendError
 
 from ._announcer import Announcer
-from ._database import twin
+from ._database import abandon, twin
 from ._errors import backend_error, is_driver_error
 from ._stores import notifications as notification_store
 from ._wakeups import Notice, Pace, Topic, Wakeups, is_running, sleep_until
@@ -119,8 +119,8 @@ class Line:
         """Leave all as it is: the event loop is closed, or the socket is the parent's."""
         self._wakeups.shut(self)
         if self._engine is not None:
-            self._engine.sync_engine.dispose(close=False)
-        _abandoned.append((self._listening, self._engine, self._announcer))
+            abandon(self._engine)
+        _abandoned.append(self._listening)
 
     async def _listen(self) -> None:
         retry, deaf_retry = FIRST_RETRY, FIRST_DEAF_RETRY

@@ -17,7 +17,7 @@ from ._appender import Appender
 from ._background import Background
 from ._completer import Completer
 from ._consumer import Consumer
-from ._database import Database, Transaction
+from ._database import Database, Transaction, abandon
 from ._definitions import Definitions
 from ._dialects import dialect_named
 from ._errors import is_missing_table
@@ -259,7 +259,7 @@ class Session:
     def abandon(self) -> None:
         """Leave without a word: the event loop is closed, or the sockets are the parent's."""
         if self._owns_engine:
-            self.database.engine.sync_engine.dispose(close=False)
+            abandon(self.database.engine)
         self.completer.abandon()
         self._background.abandon()
         if self._subscription is not None:

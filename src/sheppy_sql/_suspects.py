@@ -23,7 +23,7 @@ PAUSE = 300.0
 SOLITUDE = 60.0
 """Seconds for which nothing is taken beside a suspect; what kills its worker does so before."""
 
-LATELY = 10.0  # seconds, twice as long as between two looks for them
+LATELY = 15.0  # seconds, a little longer than between two looks for them
 
 
 class Choice(enum.Enum):
