@@ -9,7 +9,7 @@ import os
 import random
 import secrets
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -87,6 +87,18 @@ class Transaction:
     async def rows(self, statement: Executable) -> Sequence[Any]:
         """Rows, with the selected columns as attributes."""
         return (await self.execute(statement)).all()
+
+    async def built_rows(
+        self, key: str, build: Callable[[], Executable], parameters: Mapping[str, Any]
+    ) -> Sequence[Any]:
+        """`rows` of a statement that is built once for these tables, by a key of its own.
+
+        Building a large one takes longer than executing it.
+        """
+        built: dict[str, Executable] = self.tables.metadata.info.setdefault("statements", {})
+        if (statement := built.get(key)) is None:
+            statement = built[key] = build()
+        return (await self.connection.execute(statement, parameters)).all()
 
     async def scalar(self, statement: Executable) -> Any:
         return (await self.execute(statement)).scalar()

@@ -314,7 +314,7 @@ async def test_tables_of_another_version_are_told_of(database: TestDatabase) -> 
     with pytest.raises(BackendError, match="tables have version 1"):
         sync.enqueue(connection, EMAILS, send_receipt(1))
     connection.rollback()
-    await database.execute("UPDATE sheppy_schema SET version = 2")
+    await database.execute("UPDATE sheppy_schema SET version = 3")
     assert sync.enqueue(connection, EMAILS, send_receipt(1))
     connection.close()
 
