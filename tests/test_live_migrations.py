@@ -77,6 +77,22 @@ async def test_tasks_are_added_while_an_old_transaction_holds_up_an_index(
     await backend.disconnect()
 
 
+async def test_columns_for_floors_are_added_without_writing_the_rows(
+    database: TestDatabase,
+) -> None:
+    files = "SELECT relname, relfilenode FROM pg_class WHERE relname IN ({}) ORDER BY relname"
+    files = files.format("'sheppy_tasks', 'sheppy_scheduled_tasks'")
+    before = await database.fetch(files)
+    await asyncio.to_thread(migrate.upgrade, database.url)
+    assert await database.fetch(files) == before
+    # One that has no id of its own would be found by none.
+    [(first,)] = await database.fetch("SELECT pending_xid FROM sheppy_tasks")
+    assert first > 0
+    await database.execute(APPEND.format("second"))
+    [(second,)] = await database.fetch("SELECT pending_xid FROM sheppy_tasks WHERE id = 'second'")
+    assert second > first
+
+
 async def test_index_whose_build_was_cut_short_is_built_again(database: TestDatabase) -> None:
     async with transaction(database, "DECLARE c CURSOR FOR SELECT 1 FROM sheppy_queues"):
         upgrade = upgrading(database)

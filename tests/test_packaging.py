@@ -141,7 +141,7 @@ def test_revisions_of_an_installed_package_are_a_branch(programs: Path, tmp_path
     )
     alembic = (programs / "python", "-m", "alembic")
     said(*alembic, "upgrade", "heads", cwd=tmp_path)
-    assert "sheppy_sql_0002 (head)" in said(*alembic, "current", cwd=tmp_path)
+    assert "sheppy_sql_0003 (head)" in said(*alembic, "current", cwd=tmp_path)
     assert "No new upgrade operations" in said(*alembic, "check", cwd=tmp_path)
 
 

@@ -155,9 +155,11 @@ async def upgraded(database: TestDatabase, **options: Any) -> SqlBackend:
 
 
 @pytest.mark.timeout(120)
-async def test_every_task_of_the_first_release_ends_under_this_one(
-    database: TestDatabase, fill: Fill
+@pytest.mark.parametrize("before", [FIRST, "sheppy_sql_0002"])
+async def test_every_task_of_an_older_release_ends_under_this_one(
+    database: TestDatabase, fill: Fill, before: str
 ) -> None:
+    migrate.upgrade(database.url, revision=before)
     everything = await filled(fill)
     future = tasks.add(1, 2)
     kept, gone = tasks.add(3, 4), tasks.add(5, 6)

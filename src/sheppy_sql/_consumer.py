@@ -14,6 +14,7 @@ from sheppy import BackendError
 from . import _wakeups
 from ._crowd import Crowd
 from ._database import CANCELLED_PATIENCE, new_token
+from ._floors import Floors
 from ._payloads import Payload, decode
 from ._retries import LONGEST_DELAY
 from ._stores import claims as claim_store
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from ._wakeups import Pace, Topic, Wakeups
 
 logger = logging.getLogger("sheppy_sql")
+
+GROUND = 0
+"""Below every position."""
 
 
 RECENTLY = 0.25
@@ -77,6 +81,7 @@ class Consumer:
         self._host_decides = host_decides
         self._claims = claims
         self._suspects = suspects
+        self._floors = Floors(GROUND)
         self._taking = 0
         self._taking_suspect = False
         self._leftovers = leftovers
@@ -252,13 +257,14 @@ class Consumer:
                 "look for tasks", claim_store.has_pending, queue, suspects=suspects
             ):
                 return None
-            token = new_token()
+            token, look = new_token(), self._floors.look(queue)
             claimed = await self._claim_under(
                 token,
                 lambda tx: claim_store.claim(
-                    tx, queue, limit, self._owner, token, suspects=suspects
+                    tx, queue, limit, self._owner, token, look=look, suspects=suspects
                 ),
             )
+            look.keep()
             ids = [task_id for task_id, _ in claimed]
             self._claims.take(queue, ids, token, suspect=suspects)
             return [decode(text) for _, text in claimed] or None

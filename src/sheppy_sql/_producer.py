@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import _unit, _wakeups
 from ._appender import append_by_itself
 from ._database import new_token
+from ._floors import Floors
 from ._payloads import Payload, TaskRow, decode, encode_task
+from ._stores import due as due_store
 from ._stores import finishing
 from ._stores import queues as queue_store
 from ._stores import scheduled as schedule_store
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from ._database import Operations, Transaction
     from ._options import Options
     from ._wakeups import Signals
+
+GROUND = datetime.min.replace(tzinfo=timezone.utc)
+"""Before every time that a task can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ class Producer:
         self._max_bytes = options.max_payload_bytes
         self._handover = options.handover
         self._known_queues: set[str] = set()
+        self._floors = Floors(GROUND)
         self._leases: dict[tuple[str, str], Lease] = {}
 
     async def append(self, queue: str, tasks: Sequence[Payload], *, unique: bool) -> list[bool]:
@@ -151,14 +157,17 @@ class Producer:
         """Tasks that are due, the earliest first; an append of them is expected to follow."""
         check_queue(queue)
         moment = None if now is None else check_moment(now, "now")
-        # Most of the time there are none, and a look begins no transaction.
-        if not await self._database.read(
-            "look for due tasks", schedule_store.has_due, queue, moment
-        ):
+        look = self._floors.look(queue)
+        # Most of the time there is nothing: a statement that writes nothing finds that out.
+        is_due = await self._database.read(
+            "look for due tasks", due_store.is_any_due, queue, moment, look
+        )
+        look.keep()
+        if not is_due:
             return []
         token = new_token()
         due = await self._database.write(
-            "take due tasks", schedule_store.lease_due, queue, moment, token, self._handover
+            "take due tasks", due_store.lease, queue, moment, token, self._handover, look
         )
         self._leases.update({(queue, task_id): Lease(token, text) for task_id, text in due})
         return [decode(text) for _, text in due]

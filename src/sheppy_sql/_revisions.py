@@ -85,7 +85,12 @@ def add_column(table: str, column: sa.Column[Any], *, schema: str | None = None)
 
 
 def create_index(
-    name: str, table: str, columns: Sequence[str], *, schema: str | None = None, **options: Any
+    name: str,
+    table: str,
+    columns: Sequence[str | sa.TextClause],
+    *,
+    schema: str | None = None,
+    **options: Any,
 ) -> None:
     """Make an index, on PostgreSQL without stopping those who write to the table.
 

@@ -41,7 +41,7 @@ from ._revisions import add_column as add_column
 from ._revisions import create_index as create_index
 from ._revisions import create_schema as create_schema
 from ._revisions import short_locks as short_locks
-from .schema import DEFAULT_PREFIX, build_tables, version_table
+from .schema import DEFAULT_PREFIX, NOT_COMPARED, build_tables, version_table
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -260,7 +260,14 @@ def _write_sql() -> None:
 
 
 def _environment(names: Names) -> dict[str, Any]:
-    return {"target_metadata": build_tables(*names).metadata, **_version_table(names)}
+    metadata = build_tables(*names).metadata
+    indexes = {index for table in metadata.tables.values() for index in table.indexes}
+    not_compared = {index.name for index in indexes if NOT_COMPARED in index.info}
+
+    def include(_item: Any, name: str | None, kind: str, _reflected: bool, _other: Any) -> bool:
+        return kind != "index" or name not in not_compared
+
+    return {"target_metadata": metadata, "include_object": include, **_version_table(names)}
 
 
 def _version_table(names: Names) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    TextClause,
     event,
     literal_column,
     text,
 )
 from sqlalchemy.schema import SchemaItem
 from sqlalchemy.sql import quoted_name
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import NullType, TypeDecorator
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -50,9 +51,25 @@ IDLE = literal_column("'idle'", String)
 UNFINISHED: ColumnElement[Any] = literal_column("NOT finished")
 """Without a type: of a Boolean, SQLAlchemy makes `.. = 1` for SQLite, and no index has that."""
 
+UTC = literal_column("'UTC'", String)
+
+XID = "pg_current_xact_id()::text::bigint"
+"""Who makes a row takeable: PostgreSQL's floors ask for it. A bigint, as few tools know xid8."""
+
+# What an index for floors is for must look different to the planner from what other indexes are
+# for. It would otherwise take one of those where it believes that few rows are left, and walk
+# over all that was taken.
+ELSEWHERE = "POSIX"
+"""A collation: byte by byte, as C."""
+HIDDEN_QUEUE = f'queue COLLATE "{ELSEWHERE}"'
+HIDDEN_RUN_AT = "timezone('UTC', run_at)"
+
 # Small, hot and churning: leave room on the page, vacuum early.
 SCHEDULE_STORAGE = "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000"
 TASKS_STORAGE = f"fillfactor = 70, {SCHEDULE_STORAGE}, autovacuum_analyze_scale_factor = 0.05"
+
+NOT_COMPARED = "sheppy_sql_not_compared"
+"""In the `info` of an index that Alembic's autogenerate does not understand."""
 
 DUE = "due"
 LEASED = "leased"
@@ -141,6 +158,12 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
         conditions: dict[str, Any] = {f"{db}_where": text(sql) for db, sql in where.items()}
         return Index(prefix + name, *columns, **conditions)
 
+    def floor_index(name: str, *columns: str | TextClause, **where: str) -> Index:
+        conditions: dict[str, Any] = {f"{db}_where": text(sql) for db, sql in where.items()}
+        return Index(prefix + name, *columns, **conditions, info={NOT_COMPARED: True}).ddl_if(
+            dialect="postgresql"
+        )
+
     def key(name: str) -> Column[str]:
         return Column(name, Key, primary_key=True)
 
@@ -164,6 +187,10 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             # How often a worker died that had taken the task; from the first time on it is
             # taken alone.
             Column("crashes", Integer, nullable=False, server_default=text("0")),
+            # Of the transaction that made it pending; unused on SQLite.
+            Column("pending_xid", BigInteger),
+            # Where PostgreSQL keeps this version of the row; it makes the column by itself.
+            Column("ctid", NullType, system=True),
             # SQLite's covers every state: it also gives the last position taken.
             index("tasks_pending", "queue", "position", postgresql="state = 'pending'"),
             index(
@@ -181,6 +208,13 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
                 postgresql="state = 'pending' AND crashes > 0",
                 sqlite="state = 'pending' AND crashes > 0",
             ),
+            floor_index(
+                "tasks_pending_xid",
+                "pending_xid",
+                text(HIDDEN_QUEUE),
+                "position",
+                postgresql="state LIKE 'pending' AND crashes = 0",
+            ),
         ),
         scheduled_tasks=table(
             "scheduled_tasks",
@@ -191,7 +225,12 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             # parked: failed, its retry has not been scheduled yet.
             Column("kind", Text, nullable=False),
             Column("lease_token", BigInteger),
+            # Of the transaction that gave it its run_at; unused on SQLite.
+            Column("due_xid", BigInteger),
             index("scheduled_tasks_due", "queue", "run_at"),
+            floor_index(
+                "scheduled_tasks_due_xid", "due_xid", text(HIDDEN_QUEUE), text(HIDDEN_RUN_AT)
+            ),
         ),
         results=table(
             "results",
@@ -289,8 +328,8 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
         positions=Sequence(f"{prefix}positions", increment=POSITION_STEP, metadata=metadata),
         append=_routine(schema, f"{prefix}append"),
     )
-    _store(tables.tasks, TASKS_STORAGE)
-    _store(tables.scheduled_tasks, SCHEDULE_STORAGE)
+    _alter(tables.tasks, f"SET ({TASKS_STORAGE})", f"ALTER pending_xid SET DEFAULT {XID}")
+    _alter(tables.scheduled_tasks, f"SET ({SCHEDULE_STORAGE})", f"ALTER due_xid SET DEFAULT {XID}")
     for name in _names(metadata, prefix):
         _check_identifier("table_prefix", name)
     return tables
@@ -309,9 +348,9 @@ def version_table(prefix: str) -> str:
     return f"{prefix}alembic_version"
 
 
-def _store(table: Table, parameters: str) -> None:
-    # SQLAlchemy 2.0 knows no storage parameters.
-    alter = DDL(f"ALTER TABLE %(fullname)s SET ({parameters})")  # type: ignore[no-untyped-call]  # not yet typed
+def _alter(table: Table, *actions: str) -> None:
+    # SQLAlchemy 2.0 knows no storage parameters, and no default of one database alone.
+    alter = DDL(f"ALTER TABLE %(fullname)s {', '.join(actions)}")  # type: ignore[no-untyped-call]  # not yet typed
     event.listen(table, "after_create", alter.execute_if(dialect="postgresql"))
 
 

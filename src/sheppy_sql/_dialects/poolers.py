@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 SETTINGS = 'connect_args={"statement_cache_size": 0, "prepared_statement_name_func": lambda: ""}'
 """For create_async_engine, as a message quotes them."""
 
+BY_INDEX = "SET enable_seqscan = off; SET enable_bitmapscan = off; SET jit = off"
+"""For statements that are kept, with their plans.
+
+Those may be made for tables that are all but empty, where it is best to read the whole and sort
+it. A queue that then fills up would be read so for every claim, until autovacuum looks at it. And
+what must be read whole, as nothing else is possible, would seem so expensive that it is compiled.
+"""
 _CACHE = "statement_cache_size"
 _NAME = "prepared_statement_name_func"
 _OURS_OF_ASYNCPG = "__asyncpg_stmt_"  # with a number that every process counts from 1
@@ -29,15 +36,18 @@ _OURS_OF_PGBOUNCER = "PGBOUNCER_"  # its own name for ours: since 1.21 it prepar
 _numbers = itertools.count(1)
 
 
-def connect_args(prepared_statements: bool | None, given: dict[str, Any]) -> dict[str, Any]:
+def connect_args(
+    prepared_statements: bool | None, given: dict[str, Any], *, ours_alone: bool
+) -> dict[str, Any]:
     """`given`, with what decides whether statements are prepared; None to find out.
 
-    A cache size that the URL gives decides, as 0 does with asyncpg itself.
+    A cache size that the URL gives decides, as 0 does with asyncpg itself. `ours_alone`: nobody
+    else's statements are executed on these connections.
     """
     if _CACHE in given:
         prepared_statements = given[_CACHE] > 0
     if prepared_statements is None:
-        scout = _Scout()
+        scout = _Scout(ours_alone=ours_alone)
         chosen = {_CACHE: 0, "async_creator_fn": scout.connect, _NAME: scout.name}
     elif prepared_statements:
         chosen = {}
@@ -49,21 +59,23 @@ def connect_args(prepared_statements: bool | None, given: dict[str, Any]) -> dic
 class _Scout:
     """Opens the connections of an engine; the first one tells what lies before the server."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, ours_alone: bool) -> None:
         self._direct: bool | None = None
+        self._ours_alone = ours_alone
 
     async def connect(self, *args: Any, **kwargs: Any) -> asyncpg.Connection:
         connection = await asyncpg.connect(*args, **kwargs)
-        if self._direct is None:
-            try:
+        timeout = kwargs.get("timeout")
+        try:
+            if self._direct is None:
                 # Without the cache, asyncpg gives this statement no name.
-                pid = await connection.fetchval(
-                    "SELECT pg_backend_pid()", timeout=kwargs.get("timeout")
-                )
-            except BaseException:
-                connection.terminate()
-                raise
-            self._direct = not is_pooled(connection, pid)
+                pid = await connection.fetchval("SELECT pg_backend_pid()", timeout=timeout)
+                self._direct = not is_pooled(connection, pid)
+            if self._direct and self._ours_alone:
+                await connection.execute(BY_INDEX, timeout=timeout)
+        except BaseException:
+            connection.terminate()
+            raise
         return connection
 
     def name(self) -> str:

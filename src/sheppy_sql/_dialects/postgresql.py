@@ -74,7 +74,9 @@ class PostgreSQL(Dialect):
         given = {"timeout": connect_timeout, **target.connect_args}
         engine = create_async_engine(
             target.url,
-            connect_args=poolers.connect_args(self._prepared_statements, given),
+            connect_args=poolers.connect_args(
+                self._prepared_statements, given, ours_alone=not grows
+            ),
             pool_size=pool_size,
             max_overflow=-1 if grows else 0,
             pool_pre_ping=grows,

@@ -7,21 +7,32 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
+    ARRAY,
+    BigInteger,
     Integer,
+    Text,
+    any_,
+    bindparam,
+    func,
     literal_column,
     null,
     select,
+    true,
+    union_all,
     update,
 )
 
-from ..schema import CLAIMED, IDLE, PENDING
+from ..schema import CLAIMED, IDLE, PENDING, POSITION_STEP
 from . import consumers as consumer_store
-from ._common import UNCLAIMED, among, held_under, in_order
+from . import floors
+from ._common import UNCLAIMED, among, held_under, in_order, made_once
+from .floors import Line, own_xid
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Select, Update
+    from sqlalchemy import CTE, Column, ColumnElement, Select, Subquery, Update
 
     from .._database import Transaction
+    from .._floors import Look
 
 MOST_STALE = 1000
 """Claims that one call takes over, the host's number."""
@@ -40,12 +51,20 @@ async def has_pending(tx: Transaction, queue: str, *, suspects: bool = False) ->
 
 
 async def claim(
-    tx: Transaction, queue: str, limit: int, owner: str, token: int, *, suspects: bool = False
+    tx: Transaction,
+    queue: str,
+    limit: int,
+    owner: str,
+    token: int,
+    *,
+    look: Look[int],
+    suspects: bool = False,
 ) -> list[tuple[str, str]]:
     """(id, payload) of up to `limit` pending tasks, now the owner's, first in first out.
 
     Either of those whose worker has never died, or of the others, the suspects. Tasks that
-    another transaction has locked are skipped, not waited for.
+    another transaction has locked are skipped, not waited for. `look` says where to begin, and is
+    told of what was seen.
     """
     tasks = tx.tables.tasks
     if tx.repeated:
@@ -53,13 +72,16 @@ async def claim(
         mine = select(tasks.c.id, tasks.c.payload).where(*_under(tx, owner, token))
         if taken := await tx.rows(mine.order_by(tasks.c.position)):
             return [(row.id, row.payload) for row in taken]
+    # There are few suspects, in an index of their own.
+    if not (suspects or tx.dialect.embedded):
+        return await _claim_above(tx, queue, limit, owner, token, look)
     picked = (
-        select(tasks.c.id)
+        select(_key(tx))
         .where(*_pending(tx, queue, suspects=suspects))
         .order_by(tasks.c.position)
         .limit(limit)
     )
-    statement = _take(tx, queue, picked, owner, token).returning(
+    statement = _take(tx, queue, _locked(picked), owner, token).returning(
         tasks.c.id, tasks.c.payload, tasks.c.position
     )
     # RETURNING promises no order.
@@ -86,7 +108,7 @@ async def take_over(
         mine = select(tasks.c.id, tasks.c.payload).where(*_under(tx, owner, token))
         if taken := await tx.rows(mine.order_by(tasks.c.id)):
             return [(row.id, row.payload) for row in taken]
-    stale = select(tasks.c.id).where(
+    stale = select(_key(tx)).where(
         tasks.c.queue == queue,
         tasks.c.state == CLAIMED,
         tasks.c.owner != owner,
@@ -96,7 +118,7 @@ async def take_over(
         stale = stale.where(~consumer_store.is_alive(tx, tasks.c.owner))
     stale = stale.order_by(tasks.c.id).limit(MOST_STALE)
     statement = (
-        _take(tx, queue, stale, owner, token)
+        _take(tx, queue, _locked(stale), owner, token)
         .values(crashes=tasks.c.crashes + 1)
         .returning(tasks.c.id, tasks.c.payload)
     )
@@ -128,7 +150,9 @@ async def release(
         held.append(among(tx, tasks.c.id, sorted(ids)))
     if kept:
         held.append(~among(tx, tasks.c.id, sorted(kept)))
-    released = _update_in_order(tx, *held).values(state=PENDING, **UNCLAIMED)
+    released = _update_in_order(tx, *held).values(
+        state=PENDING, pending_xid=own_xid(tx), **UNCLAIMED
+    )
     statement = released.returning(tasks.c.queue)
     return {row.queue for row in await tx.rows(statement)}
 
@@ -158,7 +182,12 @@ async def release_crashed(tx: Transaction, owner: str, claimed: Iterable[tuple[s
                 tasks.c.owner == owner,
                 tasks.c.state == CLAIMED,
             )
-            .values(state=PENDING, crashes=tasks.c.crashes + 1, **UNCLAIMED)
+            .values(
+                state=PENDING,
+                pending_xid=own_xid(tx),
+                crashes=tasks.c.crashes + 1,
+                **UNCLAIMED,
+            )
         )
 
 
@@ -175,17 +204,100 @@ async def end(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
     await tx.execute(ended.values(state=IDLE, position=null(), **UNCLAIMED))
 
 
-def _take(
-    tx: Transaction, queue: str, picked: Select[tuple[str]], owner: str, token: int
-) -> Update:
-    """Make the picked tasks the owner's, skipping those that others have locked."""
+async def _claim_above(
+    tx: Transaction, queue: str, limit: int, owner: str, token: int, look: Look[int]
+) -> list[tuple[str, str]]:
+    """`claim` from the floor on: one statement, which sees the next floor as well."""
+    while True:
+        floor = look.begin(tx.connection)
+        rows = await tx.rows(
+            made_once(tx, _claiming_above, bool(floor.running)),
+            {
+                **floors.parameters(queue, floor),
+                "at_most": limit,
+                "new_owner": owner,
+                "new_token": token,
+            },
+        )
+        look.saw(floors.read_seen(rows[0]))
+        claimed = [(row.id, row.payload) for row in rows if row.id is not None]
+        # A task that was written to between the snapshot and its lock is picked in its newest
+        # version, which the same snapshot does not show: a newer one does.
+        if claimed or not rows[0].picked:
+            return claimed
+
+
+def _claiming_above(tx: Transaction, running: bool) -> Select[Any]:
     tasks = tx.tables.tasks
-    # MATERIALIZED: inlined, the planner may run the LIMIT again per row and claim too many.
-    chosen = picked.with_for_update(skip_locked=True).cte("picked").prefix_with("MATERIALIZED")
+    found = floors.ranges(_line(tx), running=running)
+    picked: list[CTE] = []
+    for number, each in enumerate(found):
+        left: Any = bindparam("at_most", type_=BigInteger)
+        for cte in picked:
+            left = left - select(func.count()).select_from(cte).scalar_subquery()
+        rows = each.select(tasks.c.ctid, tasks.c.position, limit=left, lock=True)
+        picked.append(rows.cte(f"picked_{number}").prefix_with("MATERIALIZED"))
+    chosen = union_all(*(select(cte.c.ctid) for cte in picked)).cte("picked")
+    any_picked = select(chosen.c.ctid).exists()
+    owner, token = bindparam("new_owner", type_=Text), bindparam("new_token", type_=BigInteger)
+    taken = (
+        _take(tx, bindparam("in_queue", type_=Text), chosen, owner, token)
+        .returning(tasks.c.id, tasks.c.payload, tasks.c.position)
+        .cte("taken")
+    )
+    visible = floors.first(found, where=[tasks.c.id.not_in(select(taken.c.id).correlate(None))])
+    # Where there is nothing any start would do: the next task gets a place behind all others.
+    behind = floors.last_value(tx.tables.positions) + POSITION_STEP
+    start = func.coalesce(visible, behind, bindparam("floor_start", type_=BigInteger))
+    always = select(literal_column("1").label("row")).subquery("always")
+    return (
+        select(taken, any_picked.label("picked"), *floors.seen(start))
+        .select_from(always.outerjoin(taken, true()))
+        .order_by(taken.c.position)
+    )
+
+
+def _take(tx: Transaction, queue: Any, picked: CTE | Subquery, owner: Any, token: Any) -> Update:
+    """Make picked tasks of a queue, which are locked, the owner's."""
+    tasks = tx.tables.tasks
+    key = _key(tx)
+    chosen = select(picked.c[key.name])
+    # By its place on disk. By its id the planner may prefer to read all rows of the queue: where
+    # it believes that there are few, as there were when it made the plan or counted last.
+    mine = (
+        [tasks.c.queue == queue, key.in_(chosen)]
+        if tx.dialect.embedded
+        else [key == any_(func.array(chosen.scalar_subquery(), type_=ARRAY(key.type)))]
+    )
     return (
         update(tasks)
-        .where(tasks.c.queue == queue, tasks.c.id == chosen.c.id)
+        .where(*mine)
         .values(state=CLAIMED, owner=owner, claim_token=token, heartbeat_at=tx.dialect.now())
+    )
+
+
+def _key(tx: Transaction) -> Column[Any]:
+    """What a task that is picked is then known by."""
+    tasks = tx.tables.tasks
+    return tasks.c.id if tx.dialect.embedded else tasks.c.ctid
+
+
+def _locked(picked: Select[Any]) -> CTE:
+    """The rows but those that others have locked."""
+    # MATERIALIZED: inlined, the planner may run the LIMIT again per row and claim too many.
+    return picked.with_for_update(skip_locked=True).cte("picked").prefix_with("MATERIALIZED")
+
+
+def _line(tx: Transaction) -> Line:
+    """The tasks that can be taken by whoever comes."""
+    tasks = tx.tables.tasks
+    return Line(
+        queue=tasks.c.queue,
+        place=tasks.c.position,
+        condition=[tasks.c.state == PENDING, tasks.c.crashes == NONE],
+        xid=tasks.c.pending_xid,
+        hidden_condition=[tasks.c.state.like(PENDING), tasks.c.crashes == NONE],
+        hide=lambda position: position,
     )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, delete, literal, null, or_, select, update
+from sqlalchemy import delete, null, select, update
 
-from ..schema import DUE, LEASED, PARKED, Timestamp
+from ..schema import DUE, PARKED
 from ._common import among
+from .floors import own_xid
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -50,7 +51,9 @@ async def unpark(tx: Transaction, queue: str, row: TaskRow, token: int, grace: f
         return
     run_at = due[0].run_at - timedelta(seconds=grace)
     await tx.execute(
-        update(scheduled).where(*parked).values(kind=DUE, run_at=run_at, lease_token=null())
+        update(scheduled)
+        .where(*parked)
+        .values(kind=DUE, run_at=run_at, lease_token=null(), due_xid=own_xid(tx))
     )
     await tx.execute(
         update(tasks)
@@ -82,48 +85,6 @@ async def get_all(tx: Transaction, queue: str) -> list[str]:
     return [row.payload for row in await tx.rows(statement)]
 
 
-async def has_due(tx: Transaction, queue: str, now: datetime | None) -> bool:
-    """Whether `lease_due` could find anything."""
-    scheduled = tx.tables.scheduled_tasks
-    found = select(1).where(scheduled.c.queue == queue, _is_due(tx, now))
-    return await tx.scalar(found.order_by(scheduled.c.run_at).limit(1)) is not None
-
-
-async def lease_due(
-    tx: Transaction, queue: str, now: datetime | None, token: int, seconds: float
-) -> list[tuple[str, str]]:
-    """(id, payload) of what is due, hidden from others for so many seconds.
-
-    Not moved into line yet: the host does that by an append, and where it dies
-    before, the task is due again.
-    """
-    scheduled, tasks = tx.tables.scheduled_tasks, tx.tables.tasks
-    payloads = (
-        select(scheduled.c.task_id, tasks.c.payload)
-        .where(
-            scheduled.c.queue == queue,
-            tasks.c.queue == scheduled.c.queue,
-            tasks.c.id == scheduled.c.task_id,
-        )
-        .order_by(scheduled.c.run_at, scheduled.c.task_id)
-    )
-    if tx.repeated:
-        # Leased at the first try, though its answer was lost?
-        mine = payloads.where(scheduled.c.kind == LEASED, scheduled.c.lease_token == token)
-        if taken := await tx.rows(mine):
-            return [(row.task_id, row.payload) for row in taken]
-    due = payloads.where(_is_due(tx, now)).with_for_update(of=[tasks, scheduled], skip_locked=True)
-    leased = [(row.task_id, row.payload) for row in await tx.rows(due)]
-    if leased:
-        ids = sorted(task_id for task_id, _ in leased)
-        await tx.execute(
-            update(scheduled)
-            .where(scheduled.c.queue == queue, among(tx, scheduled.c.task_id, ids))
-            .values(kind=LEASED, lease_token=token, run_at=tx.dialect.now(plus=seconds))
-        )
-    return leased
-
-
 async def lock_leases(tx: Transaction, queue: str, leases: Mapping[str, int]) -> set[str]:
     """Which of the leases, tokens by id, still hold; nobody else takes them in this transaction."""
     scheduled, tasks = tx.tables.scheduled_tasks, tx.tables.tasks
@@ -141,18 +102,6 @@ async def lock_leases(tx: Transaction, queue: str, leases: Mapping[str, int]) ->
         .with_for_update(of=[tasks, scheduled])
     )
     return {row.task_id for row in await tx.rows(held)}
-
-
-def _is_due(tx: Transaction, now: datetime | None) -> ColumnElement[bool]:
-    """Due by the caller's time if it gave one; leases and parks by the database's only."""
-    scheduled = tx.tables.scheduled_tasks
-    moment = tx.dialect.now()
-    if now is None:
-        return scheduled.c.run_at <= moment
-    return or_(
-        and_(scheduled.c.kind == DUE, scheduled.c.run_at <= literal(now, Timestamp)),
-        and_(scheduled.c.kind != DUE, scheduled.c.run_at <= moment),
-    )
 
 
 def _parked(tx: Transaction, queue: str, task_id: str, token: int) -> list[ColumnElement[bool]]:
@@ -178,6 +127,7 @@ async def _upsert(
     statement = tx.dialect.insert(scheduled).values(queue=queue, task_id=task_id, **values)
     await tx.execute(
         statement.on_conflict_do_update(
-            index_elements=[scheduled.c.queue, scheduled.c.task_id], set_=values
+            index_elements=[scheduled.c.queue, scheduled.c.task_id],
+            set_={**values, "due_xid": statement.excluded.due_xid},
         )
     )

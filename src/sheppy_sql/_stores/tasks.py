@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 STATEMENT_BYTES = 32 * 1024 * 1024
 """Payload in one statement: PostgreSQL ends a message at 1 GiB, memory may end earlier."""
 
-REPLACED = ("payload", "state", "func", "status", "created_at")
+REPLACED = ("payload", "state", "func", "status", "created_at", "pending_xid")
 """Columns of a task that is stored anew; the others follow rules of their own.
 
 Its crashes stay: whoever postpones or retries it knows nothing of them.

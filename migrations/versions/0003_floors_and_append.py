@@ -1,9 +1,12 @@
-"""Append in one statement."""
+"""Floors for taking tasks, and a function that appends them."""
+
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.sql import quoted_name
 
-from sheppy_sql.migrate import names_in_use, short_locks
+from sheppy_sql.migrate import add_column, create_index, names_in_use, short_locks
 
 revision = "sheppy_sql_0003"
 down_revision = "sheppy_sql_0002"
@@ -12,7 +15,11 @@ depends_on = None
 
 VERSION = 3
 OLDEST_CODE = 1
-"""Older code does without the function."""
+"""Older code leaves the new columns to their defaults, and does without the function."""
+
+FLOORS = (("tasks", "pending_xid"), ("scheduled_tasks", "due_xid"))
+QUEUE = 'queue COLLATE "POSIX"'
+XID = "pg_current_xact_id()::text::bigint"
 
 ARRAYS = "text[], text[], text[], text[], timestamptz[], bigint[]"
 ARGUMENTS = f"text, bigint, text, boolean, {ARRAYS}, text, text"
@@ -85,24 +92,61 @@ END
 """
 
 
+def whole(name: str) -> quoted_name:
+    """A name that Alembic's ALTER TABLE does not take apart at its dots."""
+    return quoted_name(name, quote=True)
+
+
+def names() -> tuple[quoted_name | None, str, bool]:
+    """The schema, the prefix, and whether it is PostgreSQL."""
+    schema, prefix = names_in_use()
+    postgresql = op.get_context().dialect.name == "postgresql"
+    return None if schema is None else whole(schema), prefix, postgresql
+
+
 @short_locks
 def upgrade() -> None:
-    if op.get_context().dialect.name == "postgresql":
-        names = quoted()
-        body = APPEND.format(**names).replace("'", "''")
-        create = f"CREATE OR REPLACE FUNCTION {names['append']} ({ARGUMENTS}) RETURNS text[]"
-        op.execute(as_written(f"{create} LANGUAGE plpgsql AS '{body}'"))
+    schema, prefix, postgresql = names()
+    # First, as all this can be done twice: an index that is built CONCURRENTLY commits.
+    for table, column in FLOORS:
+        # Not volatile, so that the rows that are there get it without being written.
+        default: dict[str, Any] = {"server_default": sa.text(XID)} if postgresql else {}
+        added: sa.Column[Any] = sa.Column(column, sa.BigInteger, **default)
+        add_column(whole(prefix + table), added, schema=schema)
+    if postgresql:
+        create_index(
+            f"{prefix}tasks_pending_xid",
+            f"{prefix}tasks",
+            ["pending_xid", sa.text(QUEUE), "position"],
+            schema=schema,
+            postgresql_where=sa.text("state LIKE 'pending' AND crashes = 0"),
+        )
+        create_index(
+            f"{prefix}scheduled_tasks_due_xid",
+            f"{prefix}scheduled_tasks",
+            ["due_xid", sa.text(QUEUE), sa.text("timezone('UTC', run_at)")],
+            schema=schema,
+        )
+        quoted = quoted_names()
+        source = APPEND.format(**quoted).replace("'", "''")
+        create = f"CREATE OR REPLACE FUNCTION {quoted['append']} ({ARGUMENTS}) RETURNS text[]"
+        op.execute(as_written(f"{create} LANGUAGE plpgsql AS '{source}'"))
     stamp(VERSION, OLDEST_CODE)
 
 
 @short_locks
 def downgrade() -> None:
-    if op.get_context().dialect.name == "postgresql":
-        op.execute(as_written(f"DROP FUNCTION {quoted()['append']} ({ARGUMENTS})"))
+    schema, prefix, postgresql = names()
+    if postgresql:
+        op.execute(as_written(f"DROP FUNCTION {quoted_names()['append']} ({ARGUMENTS})"))
+    for table, column in reversed(FLOORS):
+        if postgresql:
+            op.drop_index(f"{prefix}{table}_{column}", f"{prefix}{table}", schema=schema)
+        op.drop_column(whole(prefix + table), column, schema=schema)
     stamp(2, 1)
 
 
-def quoted() -> dict[str, str]:
+def quoted_names() -> dict[str, str]:
     """The names, as SQL has them; the sequence's as a string."""
     schema, prefix = names_in_use()
     quote = op.get_context().dialect.identifier_preparer.quote_identifier

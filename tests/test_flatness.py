@@ -1,0 +1,162 @@
+"""What the hot path reads does not grow: not with a backlog, results, or rows that are gone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from sheppy_sql import SqlBackend
+from tests.support.databases import TestDatabase
+
+MILLION = 1_000_000
+DEAD = 100_000
+FEW = 300
+"""Pages that all scans of one statement may read together: some levels of a few indexes.
+
+With each of the rows in question they would be thousands.
+"""
+
+PENDING = (
+    "INSERT INTO sheppy_tasks (queue, id, payload, state, position)"
+    " SELECT 'q', {prefix} || n, '{{}}', 'pending', n FROM {numbers} AS numbers"
+)
+SCHEDULED = (
+    "INSERT INTO sheppy_scheduled_tasks (queue, task_id, run_at, kind)"
+    " SELECT 'q', 'x' || n, now() - interval '1 hour', 'due' FROM {numbers} AS numbers"
+)
+RESULTS = (
+    "INSERT INTO sheppy_results (queue, id, payload, finished_at)"
+    " SELECT 'q', 'r' || n, '{{}}', '2026-01-01 00\\:00\\:00' FROM {numbers} AS numbers"
+)
+
+CALLS: dict[str, Callable[[SqlBackend], Awaitable[Any]]] = {
+    "pop": lambda b: b.pop("q"),
+    "pop of many": lambda b: b.pop("q", 10),
+    "pop of an empty queue": lambda b: b.pop("empty"),
+    "pop_scheduled": lambda b: b.pop_scheduled("q"),
+}
+
+
+@pytest.fixture
+def database(postgres_database: TestDatabase) -> TestDatabase:
+    return postgres_database
+
+
+@pytest.fixture
+async def plain(database: TestDatabase) -> AsyncIterator[AsyncEngine]:
+    """One without the settings of ours, as an application's is."""
+    engine = create_async_engine(database.url, poolclass=NullPool)
+    yield engine
+    await engine.dispose()
+
+
+def numbers(count: int) -> str:
+    return f"generate_series(1, {count}) AS n, (SELECT 1)"
+
+
+@asynccontextmanager
+async def held_snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Keeps vacuum from removing anything."""
+    async with engine.connect() as connection:
+        await connection.execution_options(isolation_level="REPEATABLE READ")
+        await connection.execute(text("SELECT 1"))
+        yield connection
+
+
+async def pages(backend: SqlBackend, engines: list[AsyncEngine], call: Any) -> dict[str, int]:
+    """The most that one statement of the call read, by the statement; each run on all engines."""
+    statements: list[tuple[str, Any]] = []
+    ours = backend._connected.database.engine
+
+    def record(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        statements.append((statement, parameters))
+
+    event.listen(ours.sync_engine, "before_cursor_execute", record)
+    await call()
+    event.remove(ours.sync_engine, "before_cursor_execute", record)
+    read: dict[str, int] = {}
+    for statement, parameters in statements:
+        for engine in engines:
+            async with engine.connect() as connection:
+                explained = await connection.exec_driver_sql(
+                    f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", parameters
+                )
+                plan = explained.scalar_one()[0]["Plan"]
+                await connection.rollback()
+            count = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+            read[statement] = max(count, read.get(statement, 0))
+    return read
+
+
+async def assert_flat(backend: SqlBackend, plain: AsyncEngine) -> None:
+    engines = [backend._connected.database.engine, plain]
+    for name, call in CALLS.items():
+        # The first look finds the floor.
+        await call(backend)
+        read = await pages(backend, engines, functools.partial(call, backend))
+        assert read, name
+        for statement, count in read.items():
+            assert count < FEW, (name, count, statement)
+
+
+async def test_claims_pass_over_what_a_long_transaction_keeps(
+    backend: SqlBackend, database: TestDatabase, plain: AsyncEngine
+) -> None:
+    async with held_snapshot(plain):
+        for insertion in (PENDING, SCHEDULED):
+            await database.execute(insertion.format(prefix="'x'", numbers=numbers(DEAD)))
+        await database.execute("SELECT setval('sheppy_positions', 1000000)")
+        await database.execute("DELETE FROM sheppy_tasks")
+        await database.execute("DELETE FROM sheppy_scheduled_tasks")
+        await assert_flat(backend, plain)
+        # Statistics by which there is nothing, whatever is read.
+        async with plain.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await connection.execute(text("VACUUM ANALYZE sheppy_tasks, sheppy_scheduled_tasks"))
+        await assert_flat(backend, plain)
+        await backend.append("q", [{"id": f"{n}"} for n in range(50)])
+        assert len(await backend.pop("q", 5)) == 5
+        await assert_flat(backend, plain)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("analyzed", [False, True])
+async def test_claims_read_as_little_with_a_million_tasks_or_results(
+    backend: SqlBackend, database: TestDatabase, plain: AsyncEngine, analyzed: bool
+) -> None:
+    for insertion in (PENDING, RESULTS, RESULTS.replace("'r'", "'s'")):
+        await database.execute(insertion.format(prefix="'x'", numbers=numbers(MILLION)))
+    await database.execute("SELECT setval('sheppy_positions', 2000000)")
+    if analyzed:
+        await database.execute("ANALYZE")
+    await assert_flat(backend, plain)
+
+
+async def test_plans_that_were_made_for_a_small_queue_serve_a_large_one(
+    backend: SqlBackend, database: TestDatabase
+) -> None:
+    await backend.append("q", [{"id": f"{n}"} for n in range(30)])
+    async with backend._connected.database.engine.connect() as connection:
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        await connection.execute(text("ANALYZE"))
+    for _ in range(12):
+        assert await backend.pop("q")
+    await database.execute(
+        PENDING.format(prefix="'x'", numbers=numbers(DEAD)).replace(", n FROM", ", 1000 + n FROM")
+    )
+    await database.execute("SELECT setval('sheppy_positions', 2000000)")
+    rows = "SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'sheppy_tasks'"
+    [(before,)] = await database.fetch(rows)
+    for _ in range(12):
+        assert await backend.pop("q")
+    await backend.disconnect()  # which tells the statistics
+    [(after,)] = await database.fetch(rows)
+    assert after - before < DEAD
