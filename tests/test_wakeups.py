@@ -298,14 +298,13 @@ class TestPostgreSQL:
         assert isinstance(taking[0].exception(), BackendError)
 
     async def test_off_means_looks_alone(
-        self, make_backend: MakeBackend, database: TestDatabase, eavesdropper: list[str]
+        self, make_backend: MakeBackend, eavesdropper: list[str]
     ) -> None:
         worker, user = await make_backend(notify="off"), await make_backend(notify="off")
         taking = asyncio.create_task(worker.pop(QUEUE, timeout=NEVER))
         await until(lambda: worker._connected.wakeups.anybody)
         await user.append(QUEUE, [make_task("one")])
         assert ids(await soon(taking)) == ["one"]
-        assert await database.fetch(LISTENING) == []
         assert worker._connected.wakeups.lines == ()
         await user.disconnect()
         assert eavesdropper == []
@@ -479,7 +478,7 @@ async def test_one_instance_hears_in_one_event_loop_after_another(
 
 
 async def test_fifty_idle_workers_do_not_all_try_to_take_one_task(
-    make_backend: MakeBackend,
+    make_backend: MakeBackend, database: TestDatabase
 ) -> None:
     workers = [await make_backend(pool_size=1) for _ in range(50)]
     user = await make_backend()
@@ -503,7 +502,9 @@ async def test_fifty_idle_workers_do_not_all_try_to_take_one_task(
         done = [one for one in taking if one.done()]
         assert [ids(one.result()) for one in done] == [[f"task {number}"]]
         taking = [one for one in taking if not one.done()]
-    assert 3 <= len([one for one in tries if "sheppy_tasks" in one and "claim_token" in one]) <= 30
+    claims = [one for one in tries if "sheppy_tasks" in one and "claim_token" in one]
+    # A file's writers take turns, so that more of them look before the first has taken it.
+    assert 3 <= len(claims) <= (90 if database.dialect == "sqlite" else 30)
     for still_taking in taking:
         still_taking.cancel()
     await asyncio.wait(taking)
