@@ -508,3 +508,45 @@ async def test_fifty_idle_workers_do_not_all_try_to_take_one_task(
     for still_taking in taking:
         still_taking.cancel()
     await asyncio.wait(taking)
+
+
+async def test_news_go_together_and_none_is_left_out() -> None:
+    sent: list[list[str]] = []
+    going, released = asyncio.Event(), asyncio.Event()
+
+    async def send(marks: list[str]) -> None:
+        sent.append(marks)
+        going.set()
+        await released.wait()
+
+    announcer = _announcer.Announcer(send)
+    first, *others = [_wakeups.pending(f"queue {number}") for number in range(200)]
+    announcer.announce([first])
+    await asyncio.wait_for(going.wait(), SOON)
+    for topic in others * 3:
+        announcer.announce([topic])
+    assert announcer.carry([first]) is None
+    released.set()
+    await asyncio.wait_for(announcer.flush(), SOON)
+    assert sent[0] == [_wakeups.mark(first)]
+    assert sorted(one for marks in sent[1:] for one in marks) == sorted(map(_wakeups.mark, others))
+    assert all(len(marks) <= _announcer.MOST_MARKS for marks in sent)
+
+
+async def test_after_a_flush_news_keep_their_distance() -> None:
+    """Another session of the process may have left, while this one goes on."""
+    loop = asyncio.get_running_loop()
+    times: list[float] = []
+
+    async def send(_marks: list[str]) -> None:
+        times.append(loop.time())
+
+    announcer = _announcer.Announcer(send)
+    announcer.announce([_wakeups.pending("a")])
+    await announcer.flush()
+    announcer.announce([_wakeups.pending("b")])
+    while len(times) < 3:
+        announcer.announce([_wakeups.pending("c")])
+        await asyncio.sleep(0)
+    assert times[2] - times[1] >= _announcer.PAUSE * 0.9
+    await announcer.flush()
