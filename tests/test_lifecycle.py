@@ -15,7 +15,7 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sheppy_sql import SqlBackend
-from sheppy_sql._stores import consumers as consumer_store
+from sheppy_sql._heart import Heart
 from tests.support.databases import TestDatabase
 from tests.support.processes import Spawner
 
@@ -375,14 +375,14 @@ async def test_server_that_is_too_old_is_refused(
 async def test_disconnect_during_the_first_beat_leaves_nothing_running(
     database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached, go_on, beat = asyncio.Event(), asyncio.Event(), consumer_store.beat
+    reached, go_on, beat = asyncio.Event(), asyncio.Event(), Heart._beat
 
     async def slow_beat(*args: Any, **kwargs: Any) -> None:
         await beat(*args, **kwargs)
         reached.set()
         await go_on.wait()
 
-    monkeypatch.setattr("sheppy_sql._stores.consumers.beat", slow_beat)
+    monkeypatch.setattr(Heart, "_beat", slow_beat)
     backend = SqlBackend(database.url, lease=1)
     await backend.connect()
     popping = asyncio.create_task(backend.pop("q", timeout=1))
