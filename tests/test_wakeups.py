@@ -298,7 +298,7 @@ class TestPostgreSQL:
         assert isinstance(taking[0].exception(), BackendError)
 
     async def test_off_means_looks_alone(
-        self, make_backend: MakeBackend, database: TestDatabase, eavesdropper: list[str]
+        self, make_backend: MakeBackend, eavesdropper: list[str]
     ) -> None:
         worker, user = await make_backend(notify="off"), await make_backend(notify="off")
         taking = asyncio.create_task(worker.pop(QUEUE, timeout=NEVER))
@@ -480,7 +480,7 @@ async def test_one_instance_hears_in_one_event_loop_after_another(
 
 @pytest.mark.torture
 async def test_fifty_idle_workers_do_not_all_try_to_take_one_task(
-    make_backend: MakeBackend,
+    make_backend: MakeBackend, database: TestDatabase
 ) -> None:
     workers = [await make_backend(pool_size=1) for _ in range(50)]
     user = await make_backend()
@@ -504,8 +504,52 @@ async def test_fifty_idle_workers_do_not_all_try_to_take_one_task(
         done = [one for one in taking if one.done()]
         assert [ids(one.result()) for one in done] == [[f"task {number}"]]
         taking = [one for one in taking if not one.done()]
-    # 150 if all tried each time; how many do depends on how fast the machine is.
-    assert 3 <= len([one for one in tries if "sheppy_tasks" in one and "claim_token" in one]) <= 75
+    claims = [one for one in tries if "sheppy_tasks" in one and "claim_token" in one]
+    # 150 if all tried each time; how many do depends on how fast the machine is. A file's writers
+    # take turns, so that more of them look before the first has taken it.
+    assert 3 <= len(claims) <= (90 if database.dialect == "sqlite" else 60)
     for still_taking in taking:
         still_taking.cancel()
     await asyncio.wait(taking)
+
+
+async def test_news_go_together_and_none_is_left_out() -> None:
+    sent: list[list[str]] = []
+    going, released = asyncio.Event(), asyncio.Event()
+
+    async def send(marks: list[str]) -> None:
+        sent.append(marks)
+        going.set()
+        await released.wait()
+
+    announcer = _announcer.Announcer(send)
+    first, *others = [_wakeups.pending(f"queue {number}") for number in range(200)]
+    announcer.announce([first])
+    await asyncio.wait_for(going.wait(), SOON)
+    for topic in others * 3:
+        announcer.announce([topic])
+    assert announcer.carry([first]) is None
+    released.set()
+    await asyncio.wait_for(announcer.flush(), SOON)
+    assert sent[0] == [_wakeups.mark(first)]
+    assert sorted(one for marks in sent[1:] for one in marks) == sorted(map(_wakeups.mark, others))
+    assert all(len(marks) <= _announcer.MOST_MARKS for marks in sent)
+
+
+async def test_after_a_flush_news_keep_their_distance() -> None:
+    """Another session of the process may have left, while this one goes on."""
+    loop = asyncio.get_running_loop()
+    times: list[float] = []
+
+    async def send(_marks: list[str]) -> None:
+        times.append(loop.time())
+
+    announcer = _announcer.Announcer(send)
+    announcer.announce([_wakeups.pending("a")])
+    await announcer.flush()
+    announcer.announce([_wakeups.pending("b")])
+    while len(times) < 3:
+        announcer.announce([_wakeups.pending("c")])
+        await asyncio.sleep(0)
+    assert times[2] - times[1] >= _announcer.PAUSE * 0.9
+    await announcer.flush()

@@ -68,8 +68,11 @@ class Announcer:
     async def flush(self) -> None:
         """Return when all is sent that was announced."""
         self._in_hurry.set()
-        while self._sending is not None:
-            await asyncio.wait([self._sending])
+        try:
+            while self._sending is not None:
+                await asyncio.wait([self._sending])
+        finally:
+            self._in_hurry.clear()
 
     async def _send_all(self) -> None:
         pause = PAUSE

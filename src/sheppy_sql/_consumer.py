@@ -108,7 +108,7 @@ class Consumer:
             nonlocal has_looked
             is_called = _wakeups.pending(queue) in signals
             seen = Emptiness(time.monotonic(), self._wakeups.serial)
-            if is_called and await self._crowd.give_way(queue):
+            if signals and await self._crowd.give_way(queue):
                 waiter.take_signals()
             # Where it has just been empty, or others are as likely to be first.
             look_first = queue in self._empty and not (is_called and self._crowd.is_alone(queue))

@@ -102,7 +102,7 @@ class Line:
         self.listen()
         await self._tried.wait()
         if not self.is_told and isinstance(self._complaint, DeafError):
-            raise self._complaint
+            raise DeafError(str(self._complaint))
 
     async def leave(self, database: Database) -> None:
         """Send what is still to be said; the last one to leave closes the connection."""

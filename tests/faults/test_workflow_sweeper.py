@@ -180,6 +180,7 @@ async def test_of_two_that_sweep_at_once_one_resumes_a_workflow(
         async def take(*_: object) -> bool:
             return True
 
+        monkeypatch.setattr(chore_store, "is_due", take)
         monkeypatch.setattr(chore_store, "take", take)
     backends = [await make_backend() for _ in range(2)]
     queue = Queue(backends[0], "test")
