@@ -106,11 +106,13 @@ async def _turn_of(engine: AsyncEngine, dialect: Dialect) -> AsyncIterator[None]
 
 
 async def take_turn(connection: AsyncConnection) -> None:
-    """Take the lock of a deployment, until the end of the transaction."""
-    # Not by a statement that waits: an index that another one builds CONCURRENTLY waits for
-    # the end of every statement, and so for us who wait for it.
+    """Take the lock of a deployment, until the end of the transaction, which must be a new one."""
+    # Not by a statement that waits, and not in one transaction: an index that another one builds
+    # CONCURRENTLY waits for the end of each that has a snapshot, and so for us who wait for it. The
+    # driver's last statement keeps its snapshot until the next.
     attempt = select(func.pg_try_advisory_xact_lock(LOCK_KEY))
-    while not await connection.scalar(attempt):  # noqa: ASYNC110  # other processes tell nothing
+    while not await connection.scalar(attempt):
+        await connection.rollback()
         await asyncio.sleep(random.uniform(0.05, 0.2))  # noqa: S311  # no secret
 
 
