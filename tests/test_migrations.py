@@ -185,7 +185,7 @@ async def test_postgresql_tables_are_not_made_unasked(empty_postgres: TestDataba
     with pytest.raises(BackendError, match=r'tables are missing; run "sheppy-sql db upgrade'):
         await backend.connect()
     assert not backend.is_connected
-    asking = SqlBackend(empty_postgres.url, migrate=True)
+    asking = SqlBackend(empty_postgres.url, migrate=True, pool_size=1)
     await asking.connect()
     await asking.disconnect()
     await backend.connect()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from sqlalchemy.util.concurrency import greenlet_spawn
@@ -12,7 +13,7 @@ from ._errors import Fault, fault, is_driver_error
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 
 class Connections:
@@ -24,7 +25,7 @@ class Connections:
     """
 
     def __init__(self, engine: AsyncEngine, *, keeps: bool) -> None:
-        self._engine = engine.sync_engine
+        self._engine = engine
         self._keeps = keeps
         self._kept: Connection | None = None
         self._waiting = 0
@@ -47,9 +48,28 @@ class Connections:
         else:
             connection.close()
 
+    @asynccontextmanager
+    async def lend_whole(self) -> AsyncIterator[AsyncConnection]:
+        """An AsyncConnection, for what is not carried out in a greenlet."""
+        connecting = self._engine.connect()
+        self._waiting += 1
+        try:
+            await self._release()
+            await connecting.start()
+        finally:
+            self._waiting -= 1
+        try:
+            yield connecting
+        finally:
+            # Whoever is cancelled once may be so again.
+            await asyncio.shield(asyncio.ensure_future(connecting.close()))
+
     async def close(self) -> None:
         """Keep nothing any more."""
         self._keeps = False
+        await self._release()
+
+    async def _release(self) -> None:
         kept, self._kept = self._kept, None
         if kept is not None:
             await greenlet_spawn(kept.close)
@@ -60,7 +80,7 @@ class Connections:
             return kept
         self._waiting += 1
         try:
-            return self._engine.connect()
+            return self._engine.sync_engine.connect()
         finally:
             self._waiting -= 1
 

@@ -445,7 +445,7 @@ class Database:
                 return await greenlet_spawn(self._carry_out, begin, operation, repeated)
 
         async def conversation(repeated: bool) -> T:
-            async with turn, self.engine.connect() as connection:
+            async with turn, self._connections.lend_whole() as connection:
                 await connection.run_sync(begin)
                 transaction = Transaction(connection, self.tables, self.dialect, repeated)
                 outcome = await operation(transaction)
