@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from sheppy import MemoryBackend, Queue, Task, Worker
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from sheppy_sql import SqlBackend, _unit, _wakeups
 from sheppy_sql._database import Transaction
@@ -137,6 +138,27 @@ async def test_scheduled_children_are_scheduled_with_the_result(app: Queue) -> N
     assert await app.backend.pop_scheduled("test") == []
     assert len(await app.backend.pop_scheduled("test", at)) == 1
     assert await waiting(app) == [2]
+
+
+async def test_what_is_bound_to_a_transaction_goes_with_that_and_not_with_the_result(
+    app: Queue, backend: SqlBackend, database: TestDatabase
+) -> None:
+    engine = create_async_engine(database.worker_url)
+
+    async def enqueue(queue: Queue) -> None:
+        async with AsyncSession(engine) as session:
+            await Queue(backend.bind(session), "test").add(leaf(1))
+            await session.commit()
+            await Queue(backend.bind(session), "test").add(leaf(2))
+            await session.rollback()
+        await queue.add(leaf(3))
+        answers.append(await waiting(queue))
+
+    actions["enqueue"] = enqueue
+    assert (await run_one(app, act("enqueue"))).error is None
+    await engine.dispose()
+    assert answers == [[1]]
+    assert await waiting(app) == [1, 3]
 
 
 @pytest.mark.parametrize("children", [1, 3])
