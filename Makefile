@@ -34,7 +34,7 @@ test:  ## run the tests, against SQLite and PostgreSQL
 
 torture:  ## run the long tests: killed and stalled processes, outages, many tasks, the wheel in a fresh environment
 	$(VENV) test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m torture $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m torture $(PYTEST_ARGS)
 
 # A test whose program is missing fails and says how to install it.
 test-system:  ## run the tests that need PostgreSQL's own programs (pg_config in PATH) and PgBouncer

@@ -137,7 +137,8 @@ async def test_pops_cancelled_at_random_moments_lose_no_task(
     left = await backend.get_pending(jobs.QUEUE, len(added) + 1)
     assert sorted([*taken, *(task["id"] for task in left)]) == sorted(added)
     pool = backend._connected.database.engine.pool
-    assert pool.checkedout() == 0  # type: ignore[attr-defined]  # of a QueuePool, which ours is
+    kept = 1 if database.dialect == "postgresql" else 0  # at hand for the next call
+    assert pool.checkedout() == kept  # type: ignore[attr-defined]  # of a QueuePool, which ours is
     if database.dialect == "postgresql":
         idle = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
         assert await database.fetch(idle + " AND datname = current_database()") == [(0,)]
