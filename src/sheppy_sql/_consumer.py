@@ -253,9 +253,7 @@ class Consumer:
         self._taking_suspect |= suspects
         try:
             look_first |= self._database.dialect.embedded
-            if look_first and not await self._database.read(
-                "look for tasks", claim_store.has_pending, queue, suspects=suspects
-            ):
+            if look_first and not await self._is_any_pending(queue, suspects=suspects):
                 return None
             token, look = new_token(), self._floors.look(queue)
             claimed = await self._claim_under(
@@ -272,6 +270,15 @@ class Consumer:
             self._taking -= 1
             if suspects:
                 self._taking_suspect = False
+
+    async def _is_any_pending(self, queue: str, *, suspects: bool) -> bool:
+        look = None if suspects else self._floors.look(queue)
+        found = await self._database.read(
+            "look for tasks", claim_store.has_pending, queue, suspects=suspects, look=look
+        )
+        if look is not None:
+            look.keep()
+        return found
 
     async def _claim_under(
         self, token: int, operation: Callable[[Transaction], Awaitable[list[tuple[str, str]]]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from sheppy_sql import SqlBackend
 from sheppy_sql._database import Transaction
 
+PATIENCE = 30.0  # seconds
 MakeBackend = Callable[..., Awaitable[SqlBackend]]
 
 
@@ -20,24 +22,33 @@ async def test_task_scheduled_during_a_clear_is_not_stranded(
     make_backend: MakeBackend, database: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Either it is cleared, id and all, or it runs."""
-    clearing, scheduling = await make_backend(), await make_backend()
+    clearing, taking = await make_backend(), await make_backend()
     await clearing.append("q", [{"id": "old"}])
     count = Transaction.count
-    scheduled: list[asyncio.Task[bool]] = []
+    scheduled: list[Future[bool]] = []
+
+    async def schedule() -> bool:
+        backend = SqlBackend(database.worker_url)
+        await backend.connect()
+        try:
+            return await backend.schedule("q", {"id": "new"}, datetime.now(timezone.utc))
+        finally:
+            await backend.disconnect()
 
     async def count_and_let_in(self: Transaction, statement: Any) -> int:
         changed = await count(self, statement)
         if not scheduled:
-            now = datetime.now(timezone.utc)
-            scheduled.append(asyncio.create_task(scheduling.schedule("q", {"id": "new"}, now)))
+            # An operation may wait for nothing but its statements: so in another thread's loop.
+            scheduled.append(threads.submit(lambda: asyncio.run(schedule())))
             if database.dialect == "postgresql":  # on SQLite it waits for the clear to end
-                await scheduled[0]
+                scheduled[0].result(PATIENCE)
         return changed
 
-    monkeypatch.setattr(Transaction, "count", count_and_let_in)
-    await clearing.clear("q")
-    assert await scheduled[0] is True
-    [due] = await scheduling.pop_scheduled("q")
+    with ThreadPoolExecutor(1) as threads, monkeypatch.context() as patched:
+        patched.setattr(Transaction, "count", count_and_let_in)
+        await clearing.clear("q")
+        assert await asyncio.to_thread(scheduled[0].result, PATIENCE) is True
+    [due] = await taking.pop_scheduled("q")
     assert due["id"] == "new"
 
 

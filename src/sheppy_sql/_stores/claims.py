@@ -42,9 +42,17 @@ MOST_STALE = 1000
 NONE = literal_column("0", Integer)
 
 
-async def has_pending(tx: Transaction, queue: str, *, suspects: bool = False) -> bool:
-    """Whether a claim could find anything."""
+async def has_pending(
+    tx: Transaction, queue: str, *, suspects: bool = False, look: Look[int] | None = None
+) -> bool:
+    """Whether a claim could find anything; `look` as for a claim."""
     tasks = tx.tables.tasks
+    if look is not None and not tx.dialect.embedded:
+        floor = look.begin(tx.connection)
+        looking = made_once(tx, _looking_above, bool(floor.running))
+        [row] = await tx.rows(looking, floors.parameters(queue, floor))
+        look.saw(floors.read_seen(row))
+        return bool(row.is_any)
     found = select(1).where(*_pending(tx, queue, suspects=suspects))
     # Ordered, or SQLite may prefer the table to the index where one queue holds most tasks.
     return await tx.scalar(found.order_by(tasks.c.position).limit(1)) is not None
@@ -227,6 +235,18 @@ async def _claim_above(
             return claimed
 
 
+def _looking_above(tx: Transaction, running: bool) -> Select[Any]:
+    first = floors.first(floors.ranges(_line(tx), running=running))
+    return select(first.is_not(None).label("is_any"), *floors.seen(_start(tx, first)))
+
+
+def _start(tx: Transaction, visible: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Where the next look may begin: at the first visible task that stays."""
+    # Where there is nothing any start would do: the next task gets a place behind all others.
+    behind = floors.last_value(tx.tables.positions) + POSITION_STEP
+    return func.coalesce(visible, behind, bindparam("floor_start", type_=BigInteger))
+
+
 def _claiming_above(tx: Transaction, running: bool) -> Select[Any]:
     tasks = tx.tables.tasks
     found = floors.ranges(_line(tx), running=running)
@@ -246,9 +266,7 @@ def _claiming_above(tx: Transaction, running: bool) -> Select[Any]:
         .cte("taken")
     )
     visible = floors.first(found, where=[tasks.c.id.not_in(select(taken.c.id).correlate(None))])
-    # Where there is nothing any start would do: the next task gets a place behind all others.
-    behind = floors.last_value(tx.tables.positions) + POSITION_STEP
-    start = func.coalesce(visible, behind, bindparam("floor_start", type_=BigInteger))
+    start = _start(tx, visible)
     always = select(literal_column("1").label("row")).subquery("always")
     return (
         select(taken, any_picked.label("picked"), *floors.seen(start))
