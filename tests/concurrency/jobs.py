@@ -31,6 +31,8 @@ async def work(url: str, queue: str, stop: str) -> None:
     backend = SqlBackend(url)
     worker = Worker(queue, backend, max_concurrent_tasks=32)
     working = asyncio.create_task(worker.work(register_signal_handlers=False))
+    # Once at least: it is only told to stop after it has begun, which forgets that it was told.
+    await asyncio.wait([working], timeout=0.1)
     while not working.done() and not Path(stop).exists():
         await asyncio.wait([working], timeout=0.1)
     worker._shutdown_event.set()
