@@ -295,7 +295,7 @@ def test_look_that_was_not_kept_moves_nothing() -> None:
     one = floors.look(QUEUE)
     one.begin(connection)
     one.saw(Seen(1, "5:5:", None))
-    assert floors.look(QUEUE).begin(connection).is_ground
+    assert floors.look(QUEUE).begin(connection).next_xid == 0  # the ground
 
 
 def test_own_transaction_counts_as_running_only_where_it_began_before() -> None:

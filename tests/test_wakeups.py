@@ -506,7 +506,7 @@ async def test_fifty_idle_workers_do_not_all_try_to_take_one_task(
     claims = [one for one in tries if "sheppy_tasks" in one and "claim_token" in one]
     # 150 if all tried each time; how many do depends on how fast the machine is. A file's writers
     # take turns, so that more of them look before the first has taken it.
-    assert 3 <= len(claims) <= (90 if database.dialect == "sqlite" else 60)
+    assert 3 <= len(claims) <= (90 if database.dialect == "sqlite" else 30)
     for still_taking in taking:
         still_taking.cancel()
     await asyncio.wait(taking)

@@ -45,11 +45,6 @@ class Floor(Generic[P]):
     next_xid: int = 0
     running: tuple[int, ...] = ()
 
-    @property
-    def is_ground(self) -> bool:
-        """Whether nothing is below it."""
-        return self.next_xid == 0
-
 
 @dataclass(frozen=True, slots=True)
 class Seen(Generic[P]):

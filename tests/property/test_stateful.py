@@ -55,7 +55,7 @@ RETRY_IN_DAYS = {"to be retried": 1.0, "to be retried for the last time": 0.0}
 
 def to_end(tasks: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
     """Without what a pop that waits begins for as long as its backend is connected."""
-    return {task for task in tasks if task.get_coro().__qualname__ != "Line._listen"}  # type: ignore[union-attr]  # ours are coroutines
+    return {one for one in tasks if getattr(one.get_coro(), "__qualname__", "") != "Line._listen"}
 
 
 class QueueMachine(Machine):
