@@ -1,4 +1,4 @@
-"""The connections of an engine, of which one is kept at hand."""
+"""The connections of an engine, of which some are kept at hand."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 class Connections:
     """Lends the connections of an engine's pool, in greenlets.
 
-    The way through the pool takes a fifth of the time of a short statement. So the connection that
-    was used last stays out of it, unless somebody waits for one; `keeps`: if there may be any such,
-    as of an engine that is ours alone.
+    The way through the pool takes a fifth of the time of a short statement. So connections that
+    were used stay out of it, unless somebody waits for one; `keeps`: if there may be any such, as
+    of an engine that is ours alone.
     """
 
     def __init__(self, engine: AsyncEngine, *, keeps: bool) -> None:
         self._engine = engine
         self._keeps = keeps
-        self._kept: Connection | None = None
+        self._kept: list[Connection] = []
         self._waiting = 0
 
     @contextmanager
@@ -37,14 +37,16 @@ class Connections:
         try:
             yield connection
         except BaseException as error:
-            # It may still answer, as a primary does that has become a standby.
-            if is_driver_error(error) and fault(error) is Fault.OUTAGE:
+            # It may still answer, as a primary does that has become a standby. Or it has not yet,
+            # where nobody waits any longer.
+            is_lost = is_driver_error(error) and fault(error) is Fault.OUTAGE
+            if is_lost or not isinstance(error, Exception):
                 connection.invalidate()
                 self._drop_kept()
             connection.close()
             raise
-        if self._keeps and not self._waiting and self._kept is None and _is_plain(connection):
-            self._kept = connection
+        if self._keeps and not self._waiting and _is_plain(connection):
+            self._kept.append(connection)
         else:
             connection.close()
 
@@ -70,14 +72,14 @@ class Connections:
         await self._release()
 
     async def _release(self) -> None:
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            await greenlet_spawn(kept.close)
+        kept, self._kept = self._kept, []
+        for connection in kept:
+            await greenlet_spawn(connection.close)
 
     def _borrow(self) -> Connection:
-        if self._kept is not None:
-            kept, self._kept = self._kept, None
-            return kept
+        if self._kept:
+            # The one that was used last: what it holds is still in the caches.
+            return self._kept.pop()
         self._waiting += 1
         try:
             return self._engine.sync_engine.connect()
@@ -86,10 +88,10 @@ class Connections:
 
     def _drop_kept(self) -> None:
         """Where one connection was lost, others may be."""
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            kept.invalidate()
-            kept.close()
+        kept, self._kept = self._kept, []
+        for connection in kept:
+            connection.invalidate()
+            connection.close()
 
 
 def _is_plain(connection: Connection) -> bool:

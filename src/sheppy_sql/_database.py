@@ -32,6 +32,7 @@ from ._errors import (
     is_lock_timeout,
     is_starting,
 )
+from ._prepared import is_watched, prepare
 from ._wakeups import sleep_until
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from ._dialects import Dialect
+    from ._prepared import Prepared
     from .schema import Tables
 
 P = ParamSpec("P")
@@ -123,6 +125,19 @@ class OwnTransaction(Transaction):
     """
 
     connection: Connection  # type: ignore[assignment]  # the stores see no more than `execute`
+    statement_name: Callable[[], str] | None = None
+    """Of the next statement that is to be kept on the connection; None where none may be."""
+
+    async def rows(
+        self, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> Sequence[Any]:
+        if parameters is None or self.statement_name is None or is_watched(self.connection):
+            return self.connection.execute(statement, parameters).all()
+        made = self.tables.made
+        if statement not in made:
+            made[statement] = prepare(statement, self.connection.dialect)
+        prepared: Prepared = made[statement]
+        return prepared.fetch(self.connection, parameters, self.statement_name)
 
     async def execute(
         self, statement: Executable, parameters: Mapping[str, Any] | None = None
@@ -462,7 +477,14 @@ class Database:
     ) -> T:
         with self._connections.lend() as connection:
             commits = begin(connection)
-            transaction = OwnTransaction(connection, self.tables, self.dialect, repeated)
+            transaction = OwnTransaction(
+                connection,
+                self.tables,
+                self.dialect,
+                repeated,
+                # Where there is a transaction, SQLAlchemy begins it with its first statement.
+                statement_name=None if commits else self.dialect.statement_name,
+            )
             outcome = run(operation(transaction))
             if commits:
                 connection.commit()

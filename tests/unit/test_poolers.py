@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_defaults")
 
 def chosen(query: str, option: bool | None) -> dict[str, Any]:
     target = parse(f"postgresql://h/db?connect_timeout=10{query}")
-    return poolers.connect_args(option, dict(target.connect_args), ours_alone=True)
+    return poolers.Statements(option, dict(target.connect_args), ours_alone=True).connect_args
 
 
 def test_by_the_option_statements_are_prepared_as_the_driver_does() -> None:

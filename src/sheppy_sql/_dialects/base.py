@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Dialect(ABC):
-    """Eleven differences between PostgreSQL and SQLite."""
+    """Twelve differences between PostgreSQL and SQLite."""
 
     embedded: ClassVar[bool]
     """A file of this machine: one transaction writes at a time, and nobody deploys its tables."""
@@ -54,6 +54,14 @@ class Dialect(ABC):
 
         `single`: one statement writes, and may be a transaction by itself. Whether there is
         anything to commit in the end.
+        """
+
+    @property
+    @abstractmethod
+    def statement_name(self) -> Callable[[], str] | None:
+        """What names a statement that the driver is to keep on a connection of our own.
+
+        None where the driver is not asked to, or a pooler changes what is behind a connection.
         """
 
     @abstractmethod

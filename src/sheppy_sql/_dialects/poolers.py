@@ -36,51 +36,46 @@ _OURS_OF_PGBOUNCER = "PGBOUNCER_"  # its own name for ours: since 1.21 it prepar
 _numbers = itertools.count(1)
 
 
-def connect_args(
-    prepared_statements: bool | None, given: dict[str, Any], *, ours_alone: bool
-) -> dict[str, Any]:
-    """`given`, with what decides whether statements are prepared; None to find out.
+class Statements:
+    """Whether the connections of an engine of ours keep prepared statements, and by which names."""
 
-    A cache size that the URL gives decides, as 0 does with asyncpg itself. `ours_alone`: nobody
-    else's statements are executed on these connections.
-    """
-    if _CACHE in given:
-        prepared_statements = given[_CACHE] > 0
-    if prepared_statements is None:
-        scout = _Scout(ours_alone=ours_alone)
-        chosen = {_CACHE: 0, "async_creator_fn": scout.connect, _NAME: scout.name}
-    elif prepared_statements:
-        chosen = {}
-    else:
-        chosen = {_CACHE: 0, _NAME: _no_name}
-    return {**given, **chosen}
+    def __init__(self, prepared: bool | None, given: dict[str, Any], *, ours_alone: bool) -> None:
+        """`prepared`: None to have the first connection tell what lies before the server.
 
-
-class _Scout:
-    """Opens the connections of an engine; the first one tells what lies before the server."""
-
-    def __init__(self, *, ours_alone: bool) -> None:
-        self._direct: bool | None = None
+        A cache size that the URL has `given` decides, as 0 does with asyncpg itself. `ours_alone`:
+        nobody else's statements are executed on these connections.
+        """
+        self.kept = given[_CACHE] > 0 if _CACHE in given else prepared
+        """None where it is not known yet."""
+        self._given = given
         self._ours_alone = ours_alone
 
-    async def connect(self, *args: Any, **kwargs: Any) -> asyncpg.Connection:
+    @property
+    def connect_args(self) -> dict[str, Any]:
+        """What create_async_engine needs for it."""
+        if self.kept:
+            return self._given
+        args = {**self._given, _CACHE: 0, _NAME: self.name}
+        return args if self.kept is False else {**args, "async_creator_fn": self._connect}
+
+    def name(self) -> str:
+        """The name of the next prepared statement; asyncpg gives none where its cache is off."""
+        return f"__sheppy_sql_{next(_numbers):x}__" if self.kept else ""
+
+    async def _connect(self, *args: Any, **kwargs: Any) -> asyncpg.Connection:
         connection = await asyncpg.connect(*args, **kwargs)
         timeout = kwargs.get("timeout")
         try:
-            if self._direct is None:
+            if self.kept is None:
                 # Without the cache, asyncpg gives this statement no name.
                 pid = await connection.fetchval("SELECT pg_backend_pid()", timeout=timeout)
-                self._direct = not is_pooled(connection, pid)
-            if self._direct and self._ours_alone:
+                self.kept = not is_pooled(connection, pid)
+            if self.kept and self._ours_alone:
                 await connection.execute(BY_INDEX, timeout=timeout)
         except BaseException:
             connection.terminate()
             raise
         return connection
-
-    def name(self) -> str:
-        """The name of the next prepared statement; asyncpg gives none where its cache is off."""
-        return f"__sheppy_sql_{next(_numbers):x}__" if self._direct else _no_name()
 
 
 def is_pooled(connection: asyncpg.Connection, server_pid: int) -> bool:
@@ -112,7 +107,3 @@ def are_fit(once: Sequence[str], again: Sequence[str]) -> bool:
         return True
     # With the same name it was kept, for a transaction that may be on another server.
     return not once[0].startswith(_OURS_OF_ASYNCPG) and again != once
-
-
-def _no_name() -> str:
-    return ""

@@ -63,6 +63,7 @@ class PostgreSQL(Dialect):
         # Until the server has told its default.
         self._writes_in_transactions = True
         self._is_ours = False
+        self._statements: poolers.Statements | None = None
 
     def create_engine(
         self, target: Target, *, pool_size: int, connect_timeout: float, grows: bool = False
@@ -72,11 +73,12 @@ class PostgreSQL(Dialect):
         self._reads_in_transactions = False
         self._is_ours = True
         given = {"timeout": connect_timeout, **target.connect_args}
+        self._statements = poolers.Statements(
+            self._prepared_statements, given, ours_alone=not grows
+        )
         engine = create_async_engine(
             target.url,
-            connect_args=poolers.connect_args(
-                self._prepared_statements, given, ours_alone=not grows
-            ),
+            connect_args=self._statements.connect_args,
             pool_size=pool_size,
             max_overflow=-1 if grows else 0,
             pool_pre_ping=grows,
@@ -145,6 +147,11 @@ class PostgreSQL(Dialect):
                 schema_translate_map=None,
             )
         return commits
+
+    @property
+    def statement_name(self) -> Callable[[], str] | None:
+        statements = self._statements
+        return statements.name if statements is not None and statements.kept else None
 
     async def lend(self, connection: AsyncConnection) -> None:
         await connection.execution_options(isolation_level="READ COMMITTED")

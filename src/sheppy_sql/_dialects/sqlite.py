@@ -101,6 +101,10 @@ class SQLite(Dialect):
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         return True
 
+    @property
+    def statement_name(self) -> None:
+        return None
+
     async def lend(self, connection: AsyncConnection) -> None:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
 

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import ARRAY, and_, any_, delete, literal, null, or_, select, tuple_
+from sqlalchemy import (
+    ARRAY,
+    Text,
+    and_,
+    any_,
+    bindparam,
+    delete,
+    literal,
+    null,
+    or_,
+    select,
+    tuple_,
+)
 
 if TYPE_CHECKING:
-    from sqlalchemy import CTE, ColumnElement, Delete, Table
+    from sqlalchemy import CTE, ColumnElement, Delete, Executable, Table
 
     from .._database import Transaction
+
+    Among = Callable[[ColumnElement[Any]], ColumnElement[bool]]
 
 S = TypeVar("S")
 
@@ -77,6 +91,27 @@ def among(
         item = tx.dialect.unnest({"value": (column.type, values)})
         return column.in_(select(item.c.value))
     return column == any_(literal(list(values), ARRAY(column.type)))
+
+
+async def rows_of(
+    tx: Transaction,
+    make: Callable[[Transaction, Any, Among], Executable],
+    queue: str,
+    ids: Sequence[str],
+) -> Sequence[Any]:
+    """Rows of a queue, by ids: those of `make(tx, queue, among)`.
+
+    `among` tells whether a column holds one of the ids.
+    """
+    if tx.dialect.embedded:
+        return await tx.rows(make(tx, queue, lambda column: among(tx, column, ids)))
+    made, key = tx.tables.made, (rows_of, make)
+    if key not in made:
+        given = bindparam("ids", type_=ARRAY(Text))
+        made[key] = make(
+            tx, bindparam("of_queue", type_=Text), lambda column: column == any_(given)
+        )
+    return await tx.rows(made[key], {"of_queue": queue, "ids": list(ids)})
 
 
 def held_under(tx: Transaction, queue: str, claims: Mapping[str, int]) -> list[ColumnElement[bool]]:

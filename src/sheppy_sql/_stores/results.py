@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Text, delete, literal, null, select, true, tuple_
 
-from ._common import among, is_held, unexpired
+from ._common import among, is_held, rows_of, unexpired
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, FromClause
+    from sqlalchemy import ColumnElement, FromClause, Select
     from sqlalchemy.dialects.postgresql import Insert as PostgreSQLInsert
     from sqlalchemy.dialects.sqlite import Insert as SQLiteInsert
 
     from .._database import Transaction
     from .._payloads import TaskRow
+    from ._common import Among
 
 
 KEPT = 600.0
@@ -90,11 +91,15 @@ async def of_claims(tx: Transaction, queue: str, claims: Mapping[str, int]) -> s
 
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
     """The payloads of those that are finished, by id."""
+    return {row.id: row.payload for row in await rows_of(tx, finished, queue, ids)}
+
+
+def finished(tx: Transaction, queue: Any, among: Among) -> Select[tuple[str, str]]:
+    """(id, payload) of those that are finished and not expired, as for rows_of."""
     results = tx.tables.results
-    statement = select(results.c.id, results.c.payload).where(
-        results.c.queue == queue, among(tx, results.c.id, ids), unexpired(tx)
+    return select(results.c.id, results.c.payload).where(
+        results.c.queue == queue, among(results.c.id), unexpired(tx)
     )
-    return {row.id: row.payload for row in await tx.rows(statement)}
 
 
 async def prune(tx: Transaction, most: int) -> int:

@@ -22,14 +22,15 @@ from sqlalchemy import (
 
 from ..schema import PENDING, POSITION_STEP, SCHEDULED, Timestamp
 from . import results as result_store
-from ._common import UNCLAIMED, among, delete_in_order, is_held, unexpired
+from ._common import UNCLAIMED, among, delete_in_order, is_held, rows_of, unexpired
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import ColumnElement, CompoundSelect
     from sqlalchemy.types import TypeEngine
 
     from .._database import Transaction
     from .._payloads import TaskRow
+    from ._common import Among
 
 STATEMENT_BYTES = 32 * 1024 * 1024
 """Payload in one statement: PostgreSQL ends a message at 1 GiB, memory may end earlier."""
@@ -159,14 +160,13 @@ async def find(tx: Transaction, queue: str, ids: Sequence[str]) -> set[str]:
 
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
     """Payloads by id, in whatever state: one snapshot, so that a moving task is seen once."""
-    tasks, results = tx.tables.tasks, tx.tables.results
-    live = select(tasks.c.id, tasks.c.payload).where(
-        tasks.c.queue == queue, among(tx, tasks.c.id, ids)
-    )
-    ended = select(results.c.id, results.c.payload).where(
-        results.c.queue == queue, among(tx, results.c.id, ids), unexpired(tx)
-    )
-    return {row.id: row.payload for row in await tx.rows(union_all(ended, live))}
+    return {row.id: row.payload for row in await rows_of(tx, _in_any_state, queue, ids)}
+
+
+def _in_any_state(tx: Transaction, queue: Any, among: Among) -> CompoundSelect[tuple[str, str]]:
+    tasks = tx.tables.tasks
+    live = select(tasks.c.id, tasks.c.payload).where(tasks.c.queue == queue, among(tasks.c.id))
+    return union_all(result_store.finished(tx, queue, among), live)
 
 
 async def lock_waiting(tx: Transaction, queue: str, task_id: str) -> str | None:

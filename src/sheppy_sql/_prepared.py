@@ -1,0 +1,92 @@
+"""Statements that are carried out again and again, on the driver's own connection.
+
+SQLAlchemy compiles each of them once. To execute it through SQLAlchemy as well costs this process
+more than all that the driver does, each time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import asyncpg
+from sqlalchemy.util.concurrency import await_
+
+if TYPE_CHECKING:
+    from sqlalchemy import ClauseElement, Connection, Executable
+    from sqlalchemy.engine import Dialect
+    from sqlalchemy.sql.compiler import SQLCompiler
+
+
+class Row(asyncpg.Record):  # type: ignore[misc]  # the driver is not typed
+    """One with its columns as attributes, like a row of SQLAlchemy's."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One of a statement's, in the place that it has there."""
+
+    name: str
+    default: Any
+    process: Callable[[Any], Any] | None
+    """What makes the driver's value of it."""
+
+    def value(self, given: Mapping[str, Any]) -> Any:
+        value = given.get(self.name, self.default)
+        return value if self.process is None else self.process(value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A statement as the driver takes it."""
+
+    sql: str
+    parameters: Sequence[Parameter]
+
+    def fetch(
+        self, connection: Connection, given: Mapping[str, Any], name: Callable[[], str]
+    ) -> Sequence[Any]:
+        """The rows for the parameters, in a greenlet, with no transaction around it.
+
+        `name` names the statement where the connection does not have it yet.
+        """
+        values = [parameter.value(given) for parameter in self.parameters]
+        rows: Sequence[Any] = await_(self._fetch(connection, values, name))
+        return rows
+
+    async def _fetch(
+        self, connection: Connection, values: Sequence[Any], name: Callable[[], str]
+    ) -> Any:
+        # SQLAlchemy keeps this as long as the driver's connection lives.
+        statements = connection.info
+        if self not in statements:
+            driver: Any = connection.connection.driver_connection
+            statements[self] = await driver.prepare(self.sql, name=name(), record_class=Row)
+        return await statements[self].fetch(*values)
+
+
+def is_watched(connection: Connection) -> bool:
+    """Whether somebody is to see each statement on SQLAlchemy's way, tracing or logging it."""
+    engine = connection.engine
+    seen = engine.dispatch.before_cursor_execute or engine.dispatch.after_cursor_execute
+    return bool(seen) or engine.logger.isEnabledFor(logging.INFO)
+
+
+def prepare(statement: Executable, dialect: Dialect) -> Prepared:
+    """A statement, compiled."""
+    compiled = cast("SQLCompiler", cast("ClauseElement", statement).compile(dialect=dialect))
+    parameters = []
+    for name in compiled.positiontup or ():
+        process = compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect)
+        parameters.append(Parameter(name, compiled.params[name], process))
+    return Prepared(compiled.string, parameters)
