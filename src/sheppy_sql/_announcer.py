@@ -12,15 +12,10 @@ from . import _wakeups
 
 logger = logging.getLogger("sheppy_sql")
 
-PAUSE, LONGEST_PAUSE = 0.005, 0.02
-"""Seconds between two notifications, and where one follows another without end.
+PAUSE, LONGEST_PAUSE = 0.002, 0.02
+"""Seconds between two notifications: of lone events, and where many come between any two.
 
 PostgreSQL lets one transaction of a database at a time commit that notifies.
-"""
-QUIET = 0.01
-"""Seconds without a notification, after which a statement may carry the next one.
-
-It then holds for its commit what one transaction at a time can have, so not at every moment.
 """
 MOST_MARKS = 60
 """In one notification, which so stays below 1,000 bytes."""
@@ -36,11 +31,14 @@ class Announcer:
         self._news: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self._sending: asyncio.Task[None] | None = None
         self._in_hurry = asyncio.Event()
-        self._sent_at = 0.0
+        self._came = 0
+        self._pause = PAUSE
+        self._next_at = 0.0
 
     def announce(self, topics: Iterable[_wakeups.Topic]) -> None:
         """Send that something has come of these topics; in the event loop, and without waiting."""
         for topic in topics:
+            self._came += 1
             group = _wakeups.group(topic)
             in_group, known = _wakeups.mark(group), self._news
             if topic == group:
@@ -57,13 +55,15 @@ class Announcer:
     def carry(self, topics: Iterable[_wakeups.Topic]) -> list[str] | None:
         """The marks of topics for a statement to send with its commit; None: announce them later.
 
-        That is sooner than a statement of its own, and where much is sent, dearer.
+        That is sooner than a statement of its own. But the commit then holds what one transaction
+        at a time can have, so not where many come.
         """
-        now = asyncio.get_running_loop().time()
-        if self._news or self._sending is not None or now - self._sent_at < QUIET:
+        if self._news or self._sending is not None or self._wait() > 0:
             return None
-        self._sent_at = now
-        return [_wakeups.mark(topic) for topic in topics]
+        marks = [_wakeups.mark(topic) for topic in topics]
+        self._came += len(marks)
+        self._sent()
+        return marks
 
     async def flush(self) -> None:
         """Return when all is sent that was announced."""
@@ -75,15 +75,23 @@ class Announcer:
             self._in_hurry.clear()
 
     async def _send_all(self) -> None:
-        pause = PAUSE
         try:
             while self._news:
+                if (wait := self._wait()) > 0:
+                    await _wakeups.sleep_until(self._in_hurry, wait)
                 await self._send(self._take())
-                self._sent_at = asyncio.get_running_loop().time()
-                await _wakeups.sleep_until(self._in_hurry, pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                self._sent()
         finally:
             self._sending = None
+
+    def _wait(self) -> float:
+        """Seconds to the next notification."""
+        return self._next_at - asyncio.get_running_loop().time()
+
+    def _sent(self) -> None:
+        self._pause = min(2 * self._pause, LONGEST_PAUSE) if self._came > 1 else self._pause / 2
+        self._pause, self._came = max(PAUSE, self._pause), 0
+        self._next_at = asyncio.get_running_loop().time() + self._pause
 
     def _take(self) -> list[str]:
         """As much as goes into one notification."""

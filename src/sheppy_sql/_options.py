@@ -90,18 +90,18 @@ class Options:
         """
         status = task.get("status")
         failed = isinstance(status, str) and status in FAILURES
-        own = [_own_ttl(task, "error_ttl")] if failed else []
-        own.append(_own_ttl(task, "ttl"))
-        general = [self.error_ttl, self.ttl] if failed else [self.ttl]
-        chosen: float | None = next(ttl for ttl in [*own, *general] if not isinstance(ttl, str))
-        return chosen
+        ttl = _own_ttl(task, "error_ttl") if failed else INHERIT
+        if isinstance(ttl, str):
+            ttl = _own_ttl(task, "ttl")
+        if isinstance(ttl, str) and failed:
+            ttl = self.error_ttl
+        return self.ttl if isinstance(ttl, str) else ttl
 
 
 def _own_ttl(task: Payload, name: str) -> float | str | None:
     """What a task says of its own; whatever it is, it fails no write."""
     config = task.get("config")
-    places = [place for place in (config, task) if isinstance(place, dict) and name in place]
-    ttl = places[0][name] if places else INHERIT
+    ttl = config[name] if isinstance(config, dict) and name in config else task.get(name, INHERIT)
     if ttl is None:
         return None
     if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not ttl > 0:

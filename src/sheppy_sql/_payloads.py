@@ -115,6 +115,8 @@ def _label(value: object) -> str | None:
     """Never fails a write, whatever it is given."""
     if not isinstance(value, str):
         return None
+    if value.isascii() and "\0" not in value:
+        return value[:LABEL_LENGTH]
     return value[:LABEL_LENGTH].encode(errors="replace").decode().replace("\0", "?")
 
 

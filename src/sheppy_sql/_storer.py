@@ -49,7 +49,7 @@ class Storer:
         self._leftovers = leftovers
         self._options = options
         self._queues = queues
-        self._finisher = Finisher(database, pace.carry)
+        self._finisher = Finisher(database, wakeups, pace.carry)
 
     async def store_result(self, queue: str, task: Payload) -> bool:
         """Store a task that ran; nothing changes where the claim on it was lost."""
@@ -72,11 +72,10 @@ class Storer:
                 "Failed to store a task: queue name mismatch, it was popped from another queue "
                 "than the one its result is stored in"
             )
-        told = False
         try:
             if task["finished_at"]:
                 ttl = self._options.ttl_for(task)
-                stored, told = await self._finisher.finish(queue, row, token, ttl, children)
+                stored = await self._finisher.finish(queue, row, token, ttl, children)
             else:
                 stored = await self._set_aside(queue, row, task, token)
             if not stored and token is not None and await self._has_result(queue, row.id, token):
@@ -94,8 +93,6 @@ class Storer:
             self._claims.lose(queue, row.id, token)
         else:
             self.end_claim(queue, row.id, token)
-            if task["finished_at"]:
-                self._wakeups.wake([_wakeups.finished(queue, row.id)], told=told)
             if children:
                 self._wakeups.wake(children.topics)
         return True
