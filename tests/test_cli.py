@@ -28,7 +28,7 @@ from tests.support.processes import Child, Spawner, wait_until
 CALL = "import os; os.chdir(os.environ['DIRECTORY']); from sheppy_sql.cli import main; main()"
 SECRET = "hunter2"
 URL_WITH_SECRET = f"postgresql+asyncpg://app:{SECRET}@127.0.0.1:1/app"
-POSITION = "The tables are at revision sheppy_sql_0003 (version 3)\n"
+POSITION = "The tables are at revision sheppy_sql_0004 (version 4)\n"
 
 Start = Callable[..., Child]
 Run = Callable[..., str]

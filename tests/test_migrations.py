@@ -125,7 +125,7 @@ async def test_alembic_works_from_the_repository(
     empty_database: TestDatabase,
 ) -> None:
     assert "Running upgrade" in alembic(empty_database.url, "upgrade", "head").stderr
-    assert "sheppy_sql_0003 (head)" in alembic(empty_database.url, "current").stdout
+    assert "sheppy_sql_0004 (head)" in alembic(empty_database.url, "current").stdout
     assert "No new upgrade operations" in alembic(empty_database.url, "check").stdout
     assert "sheppy_sql" in alembic(empty_database.url, "heads", "--verbose").stdout
     backend = SqlBackend(empty_database.url)
@@ -195,8 +195,8 @@ async def test_postgresql_tables_are_not_made_unasked(empty_postgres: TestDataba
 @pytest.mark.parametrize(
     ("version", "oldest_code", "problem"),
     [
-        (0, 0, 'the tables have version 0, this sheppy-sql needs 3; run "sheppy-sql db upgrade'),
-        (7, 7, r"version 7, which this sheppy-sql \(made for 3\) can no longer use; run \"pip"),
+        (0, 0, 'the tables have version 0, this sheppy-sql needs 4; run "sheppy-sql db upgrade'),
+        (7, 7, r"version 7, which this sheppy-sql \(made for 4\) can no longer use; run \"pip"),
         (7, 1, None),
     ],
 )
@@ -219,7 +219,7 @@ async def test_connect_judges_the_version_of_the_tables(
         assert await backend.append("q", [{"id": "a"}]) == [True]
         [line] = [r.message for r in caplog.records if r.name == "sheppy_sql"]
         assert (
-            line == "The tables have version 7, newer than this sheppy-sql's 3, and still accept it"
+            line == "The tables have version 7, newer than this sheppy-sql's 4, and still accept it"
         )
     else:
         with pytest.raises(BackendError, match=problem):

@@ -114,7 +114,7 @@ def test_installed_command_makes_and_checks_the_tables(
         url = ("--url", empty_database.url)
         return said(programs / "sheppy-sql", "db", command, *url, cwd=tmp_path)
 
-    position = "The tables are at revision sheppy_sql_0003 (version 3)\n"
+    position = "The tables are at revision sheppy_sql_0004 (version 4)\n"
     assert db("upgrade") == position
     assert db("current") == position
     assert "can work with them" in db("check")
@@ -141,7 +141,7 @@ def test_revisions_of_an_installed_package_are_a_branch(programs: Path, tmp_path
     )
     alembic = (programs / "python", "-m", "alembic")
     said(*alembic, "upgrade", "heads", cwd=tmp_path)
-    assert "sheppy_sql_0003 (head)" in said(*alembic, "current", cwd=tmp_path)
+    assert "sheppy_sql_0004 (head)" in said(*alembic, "current", cwd=tmp_path)
     assert "No new upgrade operations" in said(*alembic, "check", cwd=tmp_path)
 
 

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.sql import quoted_name
 
-from sheppy_sql.migrate import add_column, create_index, names_in_use, short_locks
+from sheppy_sql.migrate import add_column, create_index, names_in_use, short_locks, stamp
 
 revision = "sheppy_sql_0002"
 down_revision = "sheppy_sql_0001"
@@ -101,10 +101,3 @@ def downgrade() -> None:
     op.drop_column(whole(f"{prefix}workflows"), "updated_at", schema=schema)
     op.drop_column(whole(f"{prefix}tasks"), "crashes", schema=schema)
     stamp(1, 1)
-
-
-def stamp(version: int, oldest_code: int) -> None:
-    schema, prefix = names_in_use()
-    columns = [sa.column("version", sa.Integer), sa.column("oldest_code", sa.Integer)]
-    table = sa.table(f"{prefix}schema", *columns, schema=schema)
-    op.execute(table.update().values(version=version, oldest_code=oldest_code))

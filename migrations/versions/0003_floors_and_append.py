@@ -6,7 +6,16 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.sql import quoted_name
 
-from sheppy_sql.migrate import add_column, create_index, names_in_use, short_locks
+from sheppy_sql.migrate import (
+    add_column,
+    as_string,
+    create_index,
+    execute,
+    names_in_use,
+    quoted,
+    short_locks,
+    stamp,
+)
 
 revision = "sheppy_sql_0003"
 down_revision = "sheppy_sql_0002"
@@ -127,10 +136,10 @@ def upgrade() -> None:
             ["due_xid", sa.text(QUEUE), sa.text("timezone('UTC', run_at)")],
             schema=schema,
         )
-        quoted = quoted_names()
-        source = APPEND.format(**quoted).replace("'", "''")
-        create = f"CREATE OR REPLACE FUNCTION {quoted['append']} ({ARGUMENTS}) RETURNS text[]"
-        op.execute(as_written(f"{create} LANGUAGE plpgsql AS '{source}'"))
+        tables = {name: quoted(name) for name in ("tasks", "results", "queues")}
+        source = as_string(APPEND.format(**tables, positions=as_string(quoted("positions"))))
+        create = f"CREATE OR REPLACE FUNCTION {quoted('append')} ({ARGUMENTS}) RETURNS text[]"
+        execute(f"{create} LANGUAGE plpgsql AS {source}")
     stamp(VERSION, OLDEST_CODE)
 
 
@@ -138,34 +147,9 @@ def upgrade() -> None:
 def downgrade() -> None:
     schema, prefix, postgresql = names()
     if postgresql:
-        op.execute(as_written(f"DROP FUNCTION {quoted_names()['append']} ({ARGUMENTS})"))
+        execute(f"DROP FUNCTION {quoted('append')} ({ARGUMENTS})")
     for table, column in reversed(FLOORS):
         if postgresql:
             op.drop_index(f"{prefix}{table}_{column}", f"{prefix}{table}", schema=schema)
         op.drop_column(whole(prefix + table), column, schema=schema)
     stamp(2, 1)
-
-
-def quoted_names() -> dict[str, str]:
-    """The names, as SQL has them; the sequence's as a string."""
-    schema, prefix = names_in_use()
-    quote = op.get_context().dialect.identifier_preparer.quote_identifier
-
-    def whole(name: str) -> str:
-        return ".".join(quote(part) for part in (schema, prefix + name) if part)
-
-    positions = whole("positions").replace("'", "''")
-    names = {name: whole(name) for name in ("append", "tasks", "results", "queues")}
-    return {**names, "positions": f"'{positions}'"}
-
-
-def as_written(statement: str) -> sa.TextClause:
-    """In which no colon begins a parameter."""
-    return sa.text(statement.replace(":", r"\:"))
-
-
-def stamp(version: int, oldest_code: int) -> None:
-    schema, prefix = names_in_use()
-    columns = [sa.column("version", sa.Integer), sa.column("oldest_code", sa.Integer)]
-    table = sa.table(f"{prefix}schema", *columns, schema=schema)
-    op.execute(table.update().values(version=version, oldest_code=oldest_code))

@@ -116,6 +116,31 @@ def create_index(
         _create_online(context, name, table, schema, create)
 
 
+def stamp(version: int, oldest_code: int) -> None:
+    """Say in the tables which version they are, and which is the oldest that can use them."""
+    schema, prefix = names_in_use()
+    columns = [sa.column("version", sa.Integer), sa.column("oldest_code", sa.Integer)]
+    table = sa.table(f"{prefix}schema", *columns, schema=schema)
+    op.execute(table.update().values(version=version, oldest_code=oldest_code))
+
+
+def quoted(name: str) -> str:
+    """The name of something of ours, as SQL has it."""
+    schema, prefix = names_in_use()
+    quote = op.get_context().dialect.identifier_preparer.quote_identifier
+    return ".".join(quote(part) for part in (schema, prefix + name) if part)
+
+
+def as_string(text: str) -> str:
+    """A text, as SQL has it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def execute(statement: str) -> None:
+    """Carry out a statement in which no colon begins a parameter."""
+    op.execute(sa.text(statement.replace(":", r"\:")))
+
+
 def _create_online(
     context: MigrationContext,
     name: str,

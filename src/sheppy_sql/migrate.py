@@ -38,9 +38,13 @@ from ._names import names_in_use as names_in_use
 from ._names import use_names as use_names
 from ._revisions import REPEATS_ATTRIBUTE, ensure_schema
 from ._revisions import add_column as add_column
+from ._revisions import as_string as as_string
 from ._revisions import create_index as create_index
 from ._revisions import create_schema as create_schema
+from ._revisions import execute as execute
+from ._revisions import quoted as quoted
 from ._revisions import short_locks as short_locks
+from ._revisions import stamp as stamp
 from .schema import DEFAULT_PREFIX, NOT_COMPARED, build_tables, version_table
 
 if TYPE_CHECKING:

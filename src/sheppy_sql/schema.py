@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.engine import Dialect
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """The schema this code needs; every migration stamps its own number into the `schema` table."""
 
 DEFAULT_PREFIX = "sheppy_"
@@ -67,6 +67,10 @@ HIDDEN_RUN_AT = "timezone('UTC', run_at)"
 # Small, hot and churning: leave room on the page, vacuum early.
 SCHEDULE_STORAGE = "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000"
 TASKS_STORAGE = f"fillfactor = 70, {SCHEDULE_STORAGE}, autovacuum_analyze_scale_factor = 0.05"
+RESULTS_STORAGE = (
+    "autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_insert_scale_factor = 0.05, "
+    "autovacuum_analyze_scale_factor = 0.05"
+)
 
 NOT_COMPARED = "sheppy_sql_not_compared"
 """In the `info` of an index that Alembic's autogenerate does not understand."""
@@ -330,6 +334,7 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
     )
     _alter(tables.tasks, f"SET ({TASKS_STORAGE})", f"ALTER pending_xid SET DEFAULT {XID}")
     _alter(tables.scheduled_tasks, f"SET ({SCHEDULE_STORAGE})", f"ALTER due_xid SET DEFAULT {XID}")
+    _alter(tables.results, f"SET ({RESULTS_STORAGE})")
     for name in _names(metadata, prefix):
         _check_identifier("table_prefix", name)
     return tables
