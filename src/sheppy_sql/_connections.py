@@ -37,10 +37,8 @@ class Connections:
         try:
             yield connection
         except BaseException as error:
-            # It may still answer, as a primary does that has become a standby. Or it has not yet,
-            # where nobody waits any longer.
-            is_lost = is_driver_error(error) and fault(error) is Fault.OUTAGE
-            if is_lost or not isinstance(error, Exception):
+            # It may still answer, as a primary does that has become a standby.
+            if is_driver_error(error) and fault(error) is Fault.OUTAGE:
                 connection.invalidate()
                 self._drop_kept()
             connection.close()

@@ -61,7 +61,14 @@ class Prepared:
         `name` names the statement where the connection does not have it yet.
         """
         values = [parameter.value(given) for parameter in self.parameters]
-        rows: Sequence[Any] = await_(self._fetch(connection, values, name))
+        try:
+            rows: Sequence[Any] = await_(self._fetch(connection, values, name))
+        except Exception:
+            raise
+        except BaseException:
+            # Its end, as that of an event loop, did not wait for the server's answer.
+            connection.invalidate()
+            raise
         return rows
 
     async def _fetch(
