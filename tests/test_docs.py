@@ -392,7 +392,9 @@ async def test_two_roles_are_enough_and_the_statements_work(
     assert await queue.clear() == 0
     await queue.backend.disconnect()
     assert migrate.current(app, schema="sheppy").version is not None
-    with pytest.raises(BackendError, match=r"must be owner of table sheppy_results .* migrate as the owner"):
+    with pytest.raises(
+        BackendError, match=r"must be owner of table sheppy_results .* migrate as the owner"
+    ):
         migrate.downgrade(app, schema="sheppy")
 
     # The same without default privileges, and in a schema that is not ours alone.

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
+from sqlalchemy import ARRAY
 from sqlalchemy.util.concurrency import await_
 
 if TYPE_CHECKING:
     from sqlalchemy import ClauseElement, Connection, Executable
     from sqlalchemy.engine import Dialect
     from sqlalchemy.sql.compiler import SQLCompiler
+    from sqlalchemy.types import TypeEngine
 
 
 class Row(asyncpg.Record):  # type: ignore[misc]  # the driver is not typed
@@ -94,6 +96,13 @@ def prepare(statement: Executable, dialect: Dialect) -> Prepared:
     compiled = cast("SQLCompiler", cast("ClauseElement", statement).compile(dialect=dialect))
     parameters = []
     for name in compiled.positiontup or ():
-        process = compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect)
+        process = _processor(compiled.binds[name].type, dialect)
         parameters.append(Parameter(name, compiled.params[name], process))
     return Prepared(compiled.string, parameters)
+
+
+def _processor(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
+    if isinstance(type_, ARRAY) and _processor(type_.item_type, dialect) is None:
+        # SQLAlchemy's would copy each list.
+        return None
+    return type_.dialect_impl(dialect).bind_processor(dialect)
