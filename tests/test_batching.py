@@ -44,14 +44,68 @@ async def take_all(backend: SqlBackend) -> list[dict[str, Any]]:
 
 async def test_results_of_a_moment_share_a_few_statements(backend: SqlBackend) -> None:
     tasks = await take_all(backend)
-    statements: list[str] = []
-    engine = backend._connected.database.engine.sync_engine
-    event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    statements = statements_of(backend)
     await asyncio.gather(*(backend.store_result(QUEUE, done(task, result=1)) for task in tasks))
     assert len([one for one in statements if "sheppy_results" in one]) < COUNT / 10
     stored = await backend.get_results(QUEUE, IDS)
     assert stored == {task["id"]: done(task, result=1) for task in tasks}
     assert await backend.get_stats(QUEUE) == {"pending": 0, "completed": COUNT, "scheduled": 0}
+
+
+def statements_of(backend: SqlBackend) -> list[str]:
+    """Those that the backend executes from now on."""
+    statements: list[str] = []
+    engine = backend._connected.database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    return statements
+
+
+async def test_acknowledgements_of_a_moment_share_a_few_statements(backend: SqlBackend) -> None:
+    await take_all(backend)
+    statements = statements_of(backend)
+    await asyncio.gather(*(backend.acknowledge(QUEUE, [task_id]) for task_id in IDS))
+    assert len([one for one in statements if "UPDATE sheppy_tasks" in one]) < COUNT / 10
+    # They are nobody's any more: what is stored of one now is stored as of any task.
+    assert await backend.get_stats(QUEUE) == {"pending": 0, "completed": 0, "scheduled": 0}
+    await backend.disconnect()
+    await backend.connect()
+    assert await backend.pop(QUEUE, COUNT) == []
+
+
+async def test_signs_of_life_of_a_moment_share_a_few_statements(
+    backend: SqlBackend, database: TestDatabase
+) -> None:
+    await take_all(backend)
+    before = await database.fetch("SELECT max(heartbeat_at) FROM sheppy_tasks")
+    statements = statements_of(backend)
+    await asyncio.gather(*(backend.heartbeat(QUEUE, [task_id]) for task_id in IDS))
+    assert len([one for one in statements if "UPDATE sheppy_tasks" in one]) < COUNT / 10
+    assert await database.fetch("SELECT min(heartbeat_at) FROM sheppy_tasks") > before
+
+
+async def test_row_that_somebody_has_locked_holds_up_no_other_acknowledgement(
+    postgres_database: TestDatabase,
+) -> None:
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    await take_all(backend)
+    engine = create_async_engine(postgres_database.url)
+    async with engine.connect() as connection:
+        await connection.execute(
+            text("SELECT 1 FROM sheppy_tasks WHERE id = 'task 042' FOR UPDATE")
+        )
+        ending = {
+            task_id: asyncio.create_task(backend.acknowledge(QUEUE, [task_id])) for task_id in IDS
+        }
+        held = ending.pop("task 042")
+        await asyncio.wait_for(asyncio.gather(*ending.values()), 20)
+        assert not held.done()
+        # Signs of life wait for nobody.
+        await asyncio.wait_for(backend.heartbeat(QUEUE, ["task 042"]), 20)
+        await connection.rollback()
+        await asyncio.wait_for(held, 20)
+    await engine.dispose()
+    await backend.disconnect()
 
 
 async def test_bad_result_fails_alone(backend: SqlBackend, database: TestDatabase) -> None:

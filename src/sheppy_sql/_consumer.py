@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sheppy import BackendError
 
 from . import _wakeups
+from ._acknowledger import Acknowledger
 from ._crowd import Crowd
 from ._database import CANCELLED_PATIENCE, new_token
 from ._floors import Floors
@@ -87,6 +88,7 @@ class Consumer:
         self._leftovers = leftovers
         self._storer = storer
         self._crowd = Crowd(wakeups)
+        self._acknowledger = Acknowledger(database)
         self._empty: dict[str, Emptiness] = {}
         self._active = False
         self._closed = False
@@ -153,14 +155,14 @@ class Consumer:
             if not self._claims.take_postponed(queue, task_id)
         }
         if held:
-            await self._database.write("acknowledge tasks", claim_store.end, queue, held)
+            await self._acknowledger.end(queue, held)
         for task_id, token in held.items():
             self._storer.end_claim(queue, task_id, token)
 
     async def heartbeat(self, queue: str, ids: Sequence[str]) -> None:
         """Keep those of the tasks that this instance holds from counting as stale."""
         if held := self._held(queue, ids):
-            await self._database.write("renew claims", claim_store.renew, queue, held)
+            await self._acknowledger.renew(queue, held)
 
     async def get_stale(self, queue: str, min_idle_ms: float) -> list[Payload]:
         """Tasks that others took and have given no sign of for so long; now this instance's."""

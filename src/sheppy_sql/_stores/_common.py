@@ -12,6 +12,7 @@ from sqlalchemy import (
     any_,
     bindparam,
     delete,
+    func,
     literal,
     null,
     or_,
@@ -71,6 +72,21 @@ def in_order(table: Table, *conditions: ColumnElement[bool], skip_locked: bool =
     key = list(table.primary_key.columns)
     locked = select(*key).where(*conditions).order_by(*key).with_for_update(skip_locked=skip_locked)
     return locked.cte("locked").prefix_with("MATERIALIZED")
+
+
+def limited(tx: Transaction, lock_timeout: ColumnElement[str]) -> list[ColumnElement[bool]]:
+    """Conditions, always true, that have a statement which locks rows not wait for them for long.
+
+    Of one that is a transaction by itself: rows are locked once they, or the first, are found.
+    """
+    if tx.dialect.embedded or tx.is_callers:
+        return []
+    return [func.set_config("lock_timeout", lock_timeout, True) != ""]
+
+
+def milliseconds(seconds: float) -> str:
+    """A length of time as PostgreSQL reads it."""
+    return f"{round(seconds * 1000)}ms"
 
 
 def delete_in_order(table: Table, *conditions: ColumnElement[bool]) -> Delete:

@@ -14,6 +14,7 @@ from sqlalchemy import ARRAY, BigInteger, Boolean, Text, bindparam, select
 from sqlalchemy.sql.functions import Function
 
 from ..schema import Routine, Timestamp
+from ._common import milliseconds
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
@@ -65,7 +66,7 @@ async def append(
             "queue": queue,
             "token": token,
             # What is set is set until the transaction ends: not to be felt in the caller's.
-            "lock_timeout": None if tx.is_callers else f"{round(lock_timeout * 1000)}ms",
+            "lock_timeout": None if tx.is_callers else milliseconds(lock_timeout),
             "registers": registers,
             "ids": [row.id for row in ordered],
             "payloads": [row.payload for row in ordered],

@@ -14,6 +14,7 @@ from sqlalchemy import (
     any_,
     bindparam,
     func,
+    literal,
     literal_column,
     null,
     select,
@@ -25,7 +26,15 @@ from sqlalchemy import (
 from ..schema import CLAIMED, IDLE, PENDING, POSITION_STEP
 from . import consumers as consumer_store
 from . import floors
-from ._common import UNCLAIMED, among, held_under, in_order, made_once
+from ._common import (
+    UNCLAIMED,
+    among,
+    held_under,
+    in_order,
+    limited,
+    made_once,
+    milliseconds,
+)
 from .floors import Line, own_xid
 
 if TYPE_CHECKING:
@@ -133,8 +142,10 @@ async def take_over(
     return sorted((row.id, row.payload) for row in await tx.rows(statement))
 
 
-async def renew(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
-    """A sign of life for claims, tokens by id, that still hold."""
+async def renew(
+    tx: Transaction, queue: str, claims: Mapping[str, int], _lock_timeout: float
+) -> None:
+    """A sign of life for claims, tokens by id, that still hold; it waits for no lock."""
     # One that an open transaction has locked must not keep all others from being renewed.
     renewed = _update_in_order(tx, *held_under(tx, queue, claims), skip_locked=True)
     await tx.execute(renewed.values(heartbeat_at=tx.dialect.now()))
@@ -206,9 +217,14 @@ async def get_suspect_queues(tx: Transaction) -> list[str]:
     return [row.queue for row in await tx.rows(waiting.group_by(tasks.c.queue))]
 
 
-async def end(tx: Transaction, queue: str, claims: Mapping[str, int]) -> None:
-    """End claims, tokens by id, where they still hold; the tasks stay, in no queue."""
-    ended = _update_in_order(tx, *held_under(tx, queue, claims))
+async def end(tx: Transaction, queue: str, claims: Mapping[str, int], lock_timeout: float) -> None:
+    """End claims, tokens by id, where they still hold; the tasks stay, in no queue.
+
+    Fails where a row is locked for longer than `lock_timeout` seconds.
+    """
+    ended = _update_in_order(
+        tx, *held_under(tx, queue, claims), *limited(tx, literal(milliseconds(lock_timeout)))
+    )
     await tx.execute(ended.values(state=IDLE, position=null(), **UNCLAIMED))
 
 

@@ -14,7 +14,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
-    func,
     literal,
     null,
     select,
@@ -27,7 +26,7 @@ from . import notifications as notification_store
 from . import results as result_store
 from . import scheduled as schedule_store
 from . import tasks as task_store
-from ._common import UNCLAIMED, held_under, made_once
+from ._common import UNCLAIMED, held_under, limited, made_once, milliseconds
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
@@ -150,18 +149,18 @@ async def _finish_in_one(
     notice: Notice | None,
 ) -> set[str]:
     """The ids of the tasks that were moved to the results."""
-    limited = lock_timeout is not None and not tx.is_callers
-    statement = made_once(tx, _finishing, limited, notice is not None)
+    is_limited = lock_timeout is not None and not tx.is_callers
+    statement = made_once(tx, _finishing, is_limited, notice is not None)
     parameters: dict[str, Any] = {name: values for name, (_, values) in _columns(ended).items()}
     parameters |= {"ttl": [one.ttl for one in ended], "of_queue": queue}
-    if lock_timeout is not None and limited:
-        parameters["lock_timeout"] = f"{round(lock_timeout * 1000)}ms"
+    if lock_timeout is not None and is_limited:
+        parameters["lock_timeout"] = milliseconds(lock_timeout)
     if notice is not None:
         parameters |= notice._asdict()
     return {row.id for row in await tx.rows(statement, parameters)}
 
 
-def _finishing(tx: Transaction, limited: bool, notifies: bool) -> Select[Any]:
+def _finishing(tx: Transaction, is_limited: bool, notifies: bool) -> Select[Any]:
     """The statement that moves tasks to the results, and returns their ids.
 
     Its parameters are of_queue, a list for each of _columns and for ttl, and where they are asked
@@ -179,10 +178,8 @@ def _finishing(tx: Transaction, limited: bool, notifies: bool) -> Select[Any]:
         .join(given, and_(tasks.c.id == given.c.id, tasks.c.claim_token == given.c.claim_token))
         .where(tasks.c.queue == queue)
     )
-    if limited:
-        # Of this statement, which is a transaction by itself: rows are locked once all are found.
-        lock_timeout = bindparam("lock_timeout", type_=Text)
-        mine = mine.where(func.set_config("lock_timeout", lock_timeout, True) != "")
+    if is_limited:
+        mine = mine.where(*limited(tx, bindparam("lock_timeout", type_=Text)))
     locked = (
         mine.order_by(tasks.c.id)
         .with_for_update(of=tasks)
