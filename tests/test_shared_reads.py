@@ -10,7 +10,7 @@ import pytest
 from sheppy import BackendError
 from sqlalchemy import event
 
-from sheppy_sql import SqlBackend, _wakeups
+from sheppy_sql import SqlBackend, _waiting, _wakeups
 from sheppy_sql._stores import results as result_store
 from sheppy_sql._stores import tasks as task_store
 from tests.contract.tasks import QUEUE, MakeBackend, finished, ids, make_task, make_tasks
@@ -108,7 +108,7 @@ async def test_failing_read_fails_its_callers_and_no_later_ones(
     broken = type(backend_of_the_fault)(
         backend._connected.database,
         backend._connected.wakeups,
-        _wakeups.Pace(0.25),
+        _waiting.Pace(0.25),
     )
     outcomes = await asyncio.gather(
         *(broken.get_tasks(QUEUE, ["one"]) for _ in range(3)),

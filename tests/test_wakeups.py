@@ -380,7 +380,7 @@ class TestPostgreSQL:
 WAITER = """
 import asyncio, sys
 from sheppy_sql import SqlBackend, _wakeups
-_wakeups.FIRST_POLL = 60.0
+_waiting.FIRST_POLL = 60.0
 async def main():
     backend = SqlBackend(sys.argv[1], max_poll_interval=60.0, notify=sys.argv[2])
     await backend.connect()
@@ -406,7 +406,7 @@ async def test_another_process_is_told_indeed(
 FORK = """
 import asyncio, os, sys
 from sheppy_sql import SqlBackend, _wakeups
-_wakeups.FIRST_POLL = 60.0
+_waiting.FIRST_POLL = 60.0
 backend = SqlBackend(sys.argv[1], max_poll_interval=60.0)
 
 def take(queue):

@@ -10,7 +10,8 @@ from ._batcher import LOCK_TIMEOUT, LONE_LOCK_TIMEOUT, Batchers
 from ._stores import claims as claim_store
 
 if TYPE_CHECKING:
-    from ._database import Database, Transaction
+    from ._database import Database
+    from ._transaction import Transaction
 
 ACKNOWLEDGE, RENEW = "acknowledge tasks", "renew claims"
 

@@ -8,7 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 
-from . import _wakeups
+from . import _waiting, _wakeups
 
 logger = logging.getLogger("sheppy_sql")
 
@@ -78,7 +78,7 @@ class Announcer:
         try:
             while self._news:
                 if (wait := self._wait()) > 0:
-                    await _wakeups.sleep_until(self._in_hurry, wait)
+                    await _waiting.sleep_until(self._in_hurry, wait)
                 await self._send(self._take())
                 self._sent()
         finally:

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import _wakeups
 from ._batcher import LOCK_TIMEOUT, LONE_LOCK_TIMEOUT, MOST_BYTES, MOST_KEYS, Batchers
-from ._database import new_token
 from ._stores import appends as append_store
 from ._stores import queues as queue_store
 from ._stores import tasks as task_store
+from ._transaction import new_token
 from .schema import PENDING
 
 if TYPE_CHECKING:
     import asyncio
 
-    from ._database import Database, Operations, Transaction
+    from ._database import Database
     from ._payloads import TaskRow
-    from ._wakeups import Notice, Topic
+    from ._transaction import Operations, Transaction
+    from ._waiting import Notice
+    from ._wakeups import Topic
 
 ACTION = "append tasks"
 

@@ -17,12 +17,13 @@ from ._producer import Producer
 from ._remover import Remover
 from ._stores import notifications as notification_store
 from ._viewer import Viewer
-from ._wakeups import Pace
+from ._waiting import Pace
 
 if TYPE_CHECKING:
     from ._payloads import Payload
     from ._session import Session
-    from ._wakeups import Notice, Signals, Topic
+    from ._waiting import Notice
+    from ._wakeups import Signals, Topic
 
 
 class BoundBackend(Calls):

@@ -18,7 +18,7 @@ from ._joined import AS_WRITTEN
 if TYPE_CHECKING:
     from sqlalchemy import Executable
 
-    from ._database import Result
+    from ._transaction import Result
 
 ACCEPTED = (
     "a SQLAlchemy Session or Connection, Django's connection, or a connection of psycopg "

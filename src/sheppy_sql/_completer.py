@@ -11,10 +11,11 @@ from sheppy import BackendError, Task
 
 from . import _unit
 from ._completion import ACTION, Completion
-from ._database import abandon, locking
+from ._engines import abandon
 from ._joined import JoinedDatabase
 from ._payloads import encode_task
 from ._stores import finishing
+from ._turns import locking
 from ._validation import check_queue
 
 if TYPE_CHECKING:

@@ -11,25 +11,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sheppy import BackendError
 
-from . import _wakeups
+from . import _waiting, _wakeups
 from ._acknowledger import Acknowledger
 from ._crowd import Crowd
-from ._database import CANCELLED_PATIENCE, new_token
+from ._database import CANCELLED_PATIENCE
 from ._floors import Floors
 from ._payloads import Payload, decode
 from ._retries import LONGEST_DELAY
 from ._stores import claims as claim_store
 from ._stores import consumers as consumer_store
 from ._suspects import Choice
+from ._transaction import new_token
 from ._validation import check_keys, check_limit, check_number, check_queue, check_timeout
 
 if TYPE_CHECKING:
     from ._claims import Claims
-    from ._database import Database, Transaction
+    from ._database import Database
     from ._leftovers import Leftovers
     from ._storer import Storer
     from ._suspects import Suspects
-    from ._wakeups import Pace, Topic, Wakeups
+    from ._transaction import Transaction
+    from ._waiting import Pace
+    from ._wakeups import Topic, Wakeups
 
 logger = logging.getLogger("sheppy_sql")
 
@@ -99,7 +102,7 @@ class Consumer:
         count, seconds = check_limit(limit, "limit"), check_timeout(timeout)
         if count <= 0:
             return []
-        wait = _wakeups.wait_seconds(seconds, zero_means_forever=False)
+        wait = _waiting.wait_seconds(seconds, zero_means_forever=False)
         if wait > 0:
             await self._pace.check()
         await self._start()
@@ -128,7 +131,7 @@ class Consumer:
             return taken
 
         with self._wakeups.waiting([_wakeups.pending(queue)]) as waiter:
-            taken = await _wakeups.poll(
+            taken = await _waiting.poll(
                 look,
                 waiter,
                 timeout=wait,

@@ -7,21 +7,17 @@ import contextlib
 import math
 import os
 import random
-import secrets
-import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from sheppy import BackendError
-from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.util.concurrency import greenlet_spawn
 
+from . import _engines
 from ._connections import Connections
 from ._errors import (
     Fault,
@@ -32,15 +28,16 @@ from ._errors import (
     is_lock_timeout,
     is_starting,
 )
-from ._prepared import is_watched, prepare
-from ._wakeups import sleep_until
+from ._transaction import OwnTransaction, Transaction, run
+from ._turns import locked_file, turn_of
+from ._waiting import sleep_until
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Executable, Pool
+    from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from ._dialects import Dialect
-    from ._prepared import Prepared
+    from ._transaction import Operation
     from .schema import Tables
 
 P = ParamSpec("P")
@@ -55,121 +52,6 @@ The first follows at once: it finds another connection where only the pooled one
 """
 CANCELLED_PATIENCE = 5.0
 """Seconds for which a cancelled caller waits for its transaction to end."""
-
-
-def new_token() -> int:
-    """A number that marks what one call writes, known before the call is made.
-
-    So what was written is found again though its answer was lost or never awaited.
-    """
-    return secrets.randbits(63)
-
-
-class Result(Protocol):
-    """What a store asks of a statement's result, whoever has carried it out."""
-
-    @property
-    def rowcount(self) -> int: ...
-
-    def all(self) -> Sequence[Any]: ...
-
-    def scalar(self) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Transaction:
-    """What a store needs: where to execute, on which tables, in which dialect."""
-
-    connection: AsyncConnection
-    tables: Tables
-    dialect: Dialect
-    repeated: bool = False
-    """Whether this was tried before an outage, and may be committed though nobody heard of it."""
-    fixed_snapshot: bool = False
-    """Whether a later statement may not see what others have committed meanwhile."""
-    is_callers: ClassVar[bool] = False
-    """Whether it goes on after what is done here, so that no setting may be left in it."""
-
-    async def rows(
-        self, statement: Executable, parameters: Mapping[str, Any] | None = None
-    ) -> Sequence[Any]:
-        """Rows, with the selected columns as attributes.
-
-        `parameters`: of a statement that was made once and is carried out many times.
-        """
-        return (await self.execute(statement, parameters)).all()
-
-    async def scalar(self, statement: Executable) -> Any:
-        return (await self.execute(statement)).scalar()
-
-    async def count(self, statement: Executable) -> int:
-        """How many rows the statement changed."""
-        return (await self.execute(statement)).rowcount
-
-    async def execute(
-        self, statement: Executable, parameters: Mapping[str, Any] | None = None
-    ) -> Result:
-        return await self.connection.execute(statement, parameters)
-
-    async def do(self, function: Callable[[Connection], T]) -> T:
-        """What a function returns that is given the connection."""
-        return await self.connection.run_sync(function)
-
-
-@dataclass(frozen=True, slots=True)
-class OwnTransaction(Transaction):
-    """One that is carried out in a single greenlet: a coroutine that waits for statements only.
-
-    Each step of an AsyncConnection has a greenlet of its own, and its end a task, which takes
-    as long as most statements.
-    """
-
-    connection: Connection  # type: ignore[assignment]  # the stores see no more than `execute`
-    statement_name: Callable[[], str] | None = None
-    """Of the next statement that is to be kept on the connection; None where none may be."""
-
-    async def rows(
-        self, statement: Executable, parameters: Mapping[str, Any] | None = None
-    ) -> Sequence[Any]:
-        if parameters is None or self.statement_name is None or is_watched(self.connection):
-            return self.connection.execute(statement, parameters).all()
-        made = self.tables.made
-        if statement not in made:
-            made[statement] = prepare(statement, self.connection.dialect)
-        prepared: Prepared = made[statement]
-        return prepared.fetch(self.connection, parameters, self.statement_name)
-
-    async def execute(
-        self, statement: Executable, parameters: Mapping[str, Any] | None = None
-    ) -> Result:
-        return self.connection.execute(statement, parameters)
-
-    async def do(self, function: Callable[[Connection], T]) -> T:
-        return function(self.connection)
-
-
-_abandoned: list[Pool] = []
-
-_locks: weakref.WeakKeyDictionary[Engine, tuple[asyncio.AbstractEventLoop, asyncio.Lock]] = (
-    weakref.WeakKeyDictionary()
-)
-
-Operation = Callable[Concatenate[Transaction, P], Awaitable[T]]
-
-
-class Operations(Protocol):
-    """Where operations are carried out: in transactions of their own, or in the caller's."""
-
-    @property
-    def dialect(self) -> Dialect: ...
-
-    async def write(
-        self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T: ...
-
-    async def read(
-        self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T: ...
 
 
 class Database:
@@ -204,7 +86,7 @@ class Database:
         self._closed = False
         self._leaving = asyncio.Event()
         # Waiting here is fair, waiting for SQLite's own lock is not.
-        one_at_a_time = _turns(engine, self._loop)
+        one_at_a_time = turn_of(engine, self._loop)
         at_will = contextlib.nullcontext()
         self._write_turn: AbstractAsyncContextManager[Any] = (
             one_at_a_time if dialect.embedded or self.has_one_connection else at_will
@@ -337,7 +219,7 @@ class Database:
 
     async def connect(self, action: str, engine: AsyncEngine) -> AsyncConnection:
         """A connection, as soon as there is one; for the caller to close."""
-        opening = self._start(action, lambda _: _connect(engine))
+        opening = self._start(action, lambda _: _engines.connect(engine))
         try:
             return await self.outcome(opening)
         except asyncio.CancelledError:
@@ -491,46 +373,6 @@ class Database:
             return outcome
 
 
-def run(waiting: Awaitable[T]) -> T:
-    """The outcome of a coroutine that waits for nothing, as its statements block."""
-    steps = waiting.__await__()
-    try:
-        next(steps)
-    except StopIteration as end:
-        outcome: T = end.value
-        return outcome
-    if hasattr(steps, "close"):
-        steps.close()
-    raise RuntimeError("Something of sheppy-sql waited where it must not; please report this")
-
-
-def twin(engine: AsyncEngine) -> AsyncEngine:
-    """An engine that connects as another does, outside its pool, for whatever event loop."""
-    original = engine.sync_engine
-    # The pool's own recipe, so that what the application does on connecting is done here too.
-    return AsyncEngine(
-        Engine(
-            original.pool.recreate(),
-            original.dialect,
-            original.url,
-            logging_name=original.logging_name,
-            hide_parameters=True,
-        )
-    )
-
-
-def abandon(engine: AsyncEngine) -> None:
-    """Leave an engine's connections as they are: their event loop is closed, or the parent's."""
-    # Kept: at its end a connection's transport would tell the selector, which a child shares with
-    # its parent, and the parent would wait for ever.
-    _abandoned.append(engine.sync_engine.pool)
-    engine.sync_engine.dispose(close=False)
-
-
-async def _connect(engine: AsyncEngine) -> AsyncConnection:
-    return await engine.connect()
-
-
 async def _telling(work: Awaitable[T], ended: Callable[[T | BaseException], None]) -> T:
     try:
         outcome = await work
@@ -539,38 +381,3 @@ async def _telling(work: Awaitable[T], ended: Callable[[T | BaseException], None
         raise
     ended(outcome)
     return outcome
-
-
-def _no_file() -> None:
-    return None
-
-
-_locked_file: ContextVar[Callable[[], str | None]] = ContextVar(
-    "sheppy_sql_locked_file", default=_no_file
-)
-
-
-def locked_file() -> str | None:
-    """The SQLite file that a transaction of this very task has locked at this moment."""
-    return _locked_file.get()()
-
-
-@contextlib.contextmanager
-def locking(file: Callable[[], str | None]) -> Iterator[None]:
-    """Have `file` tell, in this context, what `locked_file` is."""
-    before = _locked_file.get()
-    _locked_file.set(file)
-    try:
-        yield
-    finally:
-        # Not by its token: whoever is cancelled may end elsewhere.
-        _locked_file.set(before)
-
-
-def _turns(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
-    """The engine's own lock: two backends on one in-memory engine share its only connection."""
-    made_in, lock = _locks.get(engine.sync_engine, (None, None))
-    if made_in is not loop or lock is None:
-        lock = asyncio.Lock()
-        _locks[engine.sync_engine] = (loop, lock)
-    return lock

@@ -13,8 +13,8 @@ from ._stores.receipts import once
 from ._validation import check_cron_expression, check_key, check_keys, check_queue
 
 if TYPE_CHECKING:
-    from ._database import Operations
     from ._options import Options
+    from ._transaction import Operations
     from ._wakeups import Signals
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
     from sqlalchemy.sql.compiler import SQLCompiler
 
-    from ._database import Result
+    from ._transaction import Result
 
 LEGACY: Final = -1
 """sqlite3.LEGACY_TRANSACTION_CONTROL, which Python 3.11 does not have."""

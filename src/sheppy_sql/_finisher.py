@@ -13,10 +13,12 @@ from ._stores.finishing import Ended
 if TYPE_CHECKING:
     import asyncio
 
-    from ._database import Database, Transaction
+    from ._database import Database
     from ._payloads import TaskRow
+    from ._transaction import Transaction
     from ._unit import Children
-    from ._wakeups import Notice, Topic, Wakeups
+    from ._waiting import Notice
+    from ._wakeups import Topic, Wakeups
 
 ACTION = "store a result"
 

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from sheppy import BackendError
 
-from ._database import Database, twin
+from ._database import Database
+from ._engines import twin
 from ._process import Process
 from ._stores import consumers as consumer_store
 from ._stores.consumers import Policy
-from ._wakeups import sleep_until
+from ._waiting import sleep_until
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

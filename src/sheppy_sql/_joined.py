@@ -13,16 +13,16 @@ from sheppy import BackendError
 from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from ._database import Transaction
 from ._errors import joined_error
+from ._transaction import Transaction
 
 if TYPE_CHECKING:
     from sqlalchemy import Executable
     from sqlalchemy.engine import RootTransaction
     from sqlalchemy.orm import Session as SyncSession
 
-    from ._database import Operation, Result
     from ._dialects import Dialect
+    from ._transaction import Operation, Result
     from ._wakeups import Topic, Wakeups
     from .schema import Tables
 

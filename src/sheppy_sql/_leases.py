@@ -15,10 +15,11 @@ from ._stores import finishing
 from ._stores.consumers import Policy
 
 if TYPE_CHECKING:
-    from ._database import Database, Transaction
+    from ._database import Database
     from ._options import Options
     from ._process import Process
     from ._suspects import Suspects
+    from ._transaction import Transaction
     from ._wakeups import Wakeups
 
 logger = logging.getLogger("sheppy_sql")

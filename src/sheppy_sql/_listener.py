@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from sheppy import BackendError
 
 from ._announcer import Announcer
-from ._database import abandon, twin
+from ._engines import abandon, twin
 from ._errors import backend_error, is_driver_error
 from ._stores import notifications as notification_store
-from ._wakeups import Notice, Pace, Topic, Wakeups, is_running, sleep_until
+from ._waiting import Notice, Pace, sleep_until
+from ._wakeups import Topic, Wakeups, is_running
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

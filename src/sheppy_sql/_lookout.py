@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from sheppy import BackendError
 
-from . import _wakeups
+from . import _waiting, _wakeups
 from ._reader import Texts, in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from ._wakeups import Pace, Topic, Waiter, Wakeups
+    from ._waiting import Pace
+    from ._wakeups import Topic, Waiter, Wakeups
 
 
 class Want:
@@ -128,10 +129,10 @@ class Lookout:
             await self._look_for(sorted(wanted))
             now = clock()
             if is_full:
-                next_full = now + _wakeups.spread(next(self._pauses), now - started)
-                rests_until = now + _wakeups.LOOK_SHARE * (now - started)
+                next_full = now + _waiting.spread(next(self._pauses), now - started)
+                rests_until = now + _waiting.LOOK_SHARE * (now - started)
             elif new:
-                next_full = min(next_full, now + _wakeups.spread(next(self._pauses), now - started))
+                next_full = min(next_full, now + _waiting.spread(next(self._pauses), now - started))
             if self._wants:
                 self._pace.begin()
                 await waiter.wait(max(0.0, next_full - clock()))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import _unit, _wakeups
 from ._appender import append_by_itself
-from ._database import new_token
 from ._floors import Floors
 from ._payloads import Payload, TaskRow, decode, encode_task
 from ._stores import due as due_store
@@ -20,14 +19,15 @@ from ._stores import queues as queue_store
 from ._stores import scheduled as schedule_store
 from ._stores import tasks as task_store
 from ._stores.receipts import once
+from ._transaction import new_token
 from ._validation import check_moment, check_queue
 from .schema import PENDING, SCHEDULED
 
 if TYPE_CHECKING:
     from ._appender import AppendNew
     from ._claims import Claims
-    from ._database import Operations, Transaction
     from ._options import Options
+    from ._transaction import Operations, Transaction
     from ._wakeups import Signals
 
 GROUND = datetime.min.replace(tzinfo=timezone.utc)

@@ -12,8 +12,9 @@ from ._stores import receipts as receipt_store
 from ._stores import results as result_store
 
 if TYPE_CHECKING:
-    from ._database import Database, Transaction
+    from ._database import Database
     from ._options import Options
+    from ._transaction import Transaction
 
 P = ParamSpec("P")
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from ._batcher import Batchers
 
 if TYPE_CHECKING:
-    from ._database import Database, Operation, Operations, Transaction
+    from ._database import Database
+    from ._transaction import Operation, Operations, Transaction
 
 Texts: TypeAlias = dict[str, str]
 """Payloads by id."""

@@ -13,8 +13,8 @@ from ._stores.receipts import once
 from ._validation import check_key, check_queue
 
 if TYPE_CHECKING:
-    from ._database import Operations, Transaction
     from ._options import Options
+    from ._transaction import Operations, Transaction
     from ._wakeups import Signals
 
 

@@ -12,8 +12,8 @@ from ._joined import JoinedTransaction
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from ._database import Transaction
     from ._dialects import Dialect
+    from ._transaction import Transaction
     from .schema import Tables
 
 T = TypeVar("T")

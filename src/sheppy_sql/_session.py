@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from . import _pruner, _urls, _wakeups
+from . import _pruner, _urls, _waiting, _wakeups
 from ._appender import Appender
 from ._background import Background
 from ._completer import Completer
 from ._consumer import Consumer
-from ._database import Database, Transaction, abandon
+from ._database import Database
 from ._definitions import Definitions
 from ._dialects import dialect_named
+from ._engines import abandon
 from ._errors import is_missing_table
 from ._heart import BEATS_PER_LEASE, Heart
 from ._leases import Leases
@@ -37,6 +38,7 @@ from ._stores import installation as installation_store
 from ._stores import notifications as notification_store
 from ._suspects import Suspects
 from ._sweeper import Sweeper
+from ._transaction import Transaction
 from ._viewer import Viewer
 from .schema import SCHEMA_VERSION, Tables
 
@@ -48,7 +50,8 @@ if TYPE_CHECKING:
     from ._options import Options
     from ._stores.installation import Installation
     from ._sweeper import Resume
-    from ._wakeups import Notice, Topic
+    from ._waiting import Notice
+    from ._wakeups import Topic
 
 logger = logging.getLogger("sheppy_sql")
 
@@ -112,7 +115,7 @@ class Session:
                 options.max_poll_interval,
                 required=options.notify == "on",
             )
-        pace = self._subscription or _wakeups.Pace(options.max_poll_interval)
+        pace = self._subscription or _waiting.Pace(options.max_poll_interval)
         self.queues: set[str] = set()
         """From which tasks are taken."""
         self.storer = Storer(

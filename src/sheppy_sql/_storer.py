@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ._database import Database
     from ._leftovers import Leftovers
     from ._options import Options
-    from ._wakeups import Pace, Wakeups
+    from ._waiting import Pace
+    from ._wakeups import Wakeups
 
 logger = logging.getLogger("sheppy_sql")
 

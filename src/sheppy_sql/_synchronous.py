@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from sheppy import BackendError
 from sqlalchemy import ClauseElement, func, select
 
-from . import _wakeups
+from . import _waiting, _wakeups
 from ._callers import caller_of, give_up
 from ._claims import Claims
-from ._database import Transaction, run
 from ._dialects import dialect_named
 from ._drivers import Link
 from ._errors import backend_error, is_driver_error, joined_error
@@ -33,6 +32,7 @@ from ._remover import Remover
 from ._stores import installation as installation_store
 from ._stores import notifications as notification_store
 from ._stores import results as result_store
+from ._transaction import Transaction, run
 from ._validation import check_keys, check_queue, check_timeout
 from .schema import build_tables
 
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Executable
 
     from ._callers import Caller, Look
-    from ._database import Operation, Result
     from ._options import Options
     from ._stores.installation import Installation
+    from ._transaction import Operation, Result
     from ._wakeups import Topic
 
 logger = logging.getLogger("sheppy_sql")
@@ -190,10 +190,10 @@ class SynchronousBackend:
         return self._wait(check_queue(queue_name), check_keys(task_ids, "task id"), timeout)
 
     def _wait(self, queue: str, ids: Sequence[str], timeout: float | None) -> dict[str, Payload]:
-        seconds = _wakeups.wait_seconds(check_timeout(timeout), zero_means_forever=True)
+        seconds = _waiting.wait_seconds(check_timeout(timeout), zero_means_forever=True)
         deadline = time.monotonic() + seconds
         found: dict[str, Payload] = {}
-        pause = _wakeups.FIRST_POLL
+        pause = _waiting.FIRST_POLL
         waits, for_ever = seconds > 0, math.isinf(seconds)
         while missing := [one for one in ids if one not in found]:
             is_last = time.monotonic() >= deadline

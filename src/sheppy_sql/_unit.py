@@ -14,14 +14,14 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from . import _wakeups
-from ._database import new_token
 from ._stores import children as child_store
 from ._stores import tasks as task_store
 from ._stores.children import Child
+from ._transaction import new_token
 
 if TYPE_CHECKING:
-    from ._database import Operations, Transaction
     from ._payloads import Payload, TaskRow
+    from ._transaction import Operations, Transaction
     from ._wakeups import Signals, Topic
 
 COMPLETED = "completed"

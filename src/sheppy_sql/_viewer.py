@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from sheppy import BackendError
 
-from . import _wakeups
+from . import _waiting, _wakeups
 from ._lookout import Lookout
 from ._payloads import Payload, decode
 from ._reader import Reader
@@ -20,9 +20,10 @@ from ._stores import workflows as workflow_store
 from ._validation import check_keys, check_limit, check_queue, check_timeout
 
 if TYPE_CHECKING:
-    from ._database import Operations
     from ._reader import Find
-    from ._wakeups import Pace, Topic, Wakeups
+    from ._transaction import Operations
+    from ._waiting import Pace
+    from ._wakeups import Topic, Wakeups
 
 Ended: TypeAlias = "Callable[[str, str], Topic]"
 """The topic of the end of something in a queue."""
@@ -109,7 +110,7 @@ class Viewer:
         find: Find,
     ) -> dict[str, Payload]:
         """What `find` finds of the ids, the end of each of which has a topic of its own."""
-        seconds = _wakeups.wait_seconds(check_timeout(timeout), zero_means_forever=True)
+        seconds = _waiting.wait_seconds(check_timeout(timeout), zero_means_forever=True)
         if not ids:
             return {}
         if seconds <= 0:

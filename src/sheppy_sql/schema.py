@@ -28,6 +28,8 @@ from sqlalchemy.schema import SchemaItem
 from sqlalchemy.sql import quoted_name
 from sqlalchemy.types import NullType, TypeDecorator
 
+from ._identifiers import check_identifier
+
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.engine import Dialect
@@ -36,8 +38,6 @@ SCHEMA_VERSION = 4
 """The schema this code needs; every migration stamps its own number into the `schema` table."""
 
 DEFAULT_PREFIX = "sheppy_"
-MAX_IDENTIFIER_BYTES = 63
-"""PostgreSQL cuts longer names (NAMEDATALEN - 1), so two of them could become one."""
 
 POSITION_STEP = 100_000
 """Positions that one append reserves, and so the most rows one statement may number."""
@@ -151,8 +151,8 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
 
     Raises ValueError where a name would not survive in PostgreSQL.
     """
-    _check_identifier("schema", schema)
-    _check_identifier("table_prefix", prefix)
+    check_identifier("schema", schema)
+    check_identifier("table_prefix", prefix)
     metadata = MetaData(schema=schema, naming_convention={"pk": "%(table_name)s_pkey"})
 
     def table(name: str, *items: SchemaItem, **kw: Any) -> Table:
@@ -336,7 +336,7 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
     _alter(tables.scheduled_tasks, f"SET ({SCHEDULE_STORAGE})", f"ALTER due_xid SET DEFAULT {XID}")
     _alter(tables.results, f"SET ({RESULTS_STORAGE})")
     for name in _names(metadata, prefix):
-        _check_identifier("table_prefix", name)
+        check_identifier("table_prefix", name)
     return tables
 
 
@@ -365,23 +365,3 @@ def _names(metadata: MetaData, prefix: str) -> list[str]:
     for table in metadata.tables.values():
         names += [table.name, f"{table.name}_pkey", *(str(index.name) for index in table.indexes)]
     return names
-
-
-def _check_identifier(option: str, name: str | None) -> None:
-    if name is None and option == "schema":
-        return
-    if not isinstance(name, str):
-        raise ValueError(f"{option} must be a str, not {type(name).__name__}")
-    if option == "schema" and not name:
-        raise ValueError("schema must not be empty; leave it out for the default schema")
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        raise ValueError(f"{option} {name!r} cannot be written as UTF-8") from None
-    if "\0" in name:
-        raise ValueError(f"{option} must not contain a NUL character")
-    if size > MAX_IDENTIFIER_BYTES:
-        raise ValueError(
-            f"{option}: the name {name!r} would have {size} bytes, PostgreSQL keeps "
-            f"{MAX_IDENTIFIER_BYTES}; choose a shorter {option}"
-        )

@@ -20,10 +20,10 @@ from uuid import UUID
 
 from sheppy import Queue, Task
 
-from ._database import run
 from ._errors import TransactionConflictError as TransactionConflictError
 from ._options import DEFAULT_MAX_PAYLOAD_BYTES, DEFAULT_TTL, INHERIT, Options
 from ._synchronous import SynchronousBackend, tables_named
+from ._transaction import run
 from ._validation import check_queue
 from .schema import DEFAULT_PREFIX
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sheppy_sql import SqlBackend
-from sheppy_sql._database import Transaction
+from sheppy_sql._transaction import Transaction
 
 PATIENCE = 30.0  # seconds
 MakeBackend = Callable[..., Awaitable[SqlBackend]]

@@ -13,10 +13,10 @@ from sheppy import MemoryBackend, Queue, Task, Worker
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from sheppy_sql import SqlBackend, _unit, _wakeups
-from sheppy_sql._database import Transaction
 from sheppy_sql._payloads import encode_task
 from sheppy_sql._stores import tasks as task_store
 from sheppy_sql._stores.children import Child
+from sheppy_sql._transaction import Transaction
 from sheppy_sql.middleware import children_with_result
 from tests.concurrency import jobs
 from tests.faults import dying, parents

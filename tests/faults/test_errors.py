@@ -15,8 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sheppy_sql import SqlBackend
-from sheppy_sql._database import Transaction
 from sheppy_sql._stores import claims as claim_store
+from sheppy_sql._transaction import Transaction
 from tests.contract.tasks import finished, ids, make_task, make_tasks
 from tests.faults.cases import CRON, A, B
 from tests.faults.load import Load, until

@@ -19,7 +19,7 @@ import pytest
 from sheppy import Queue
 
 from sheppy_sql import SqlBackend
-from sheppy_sql._wakeups import sleep_until
+from sheppy_sql._waiting import sleep_until
 from tests.faults.load import until
 from tests.support.breeding import bred_by
 from tests.support.databases import TestDatabase

@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from .._wakeups import sleep_until
+from .._waiting import sleep_until
 from . import logs, poolers
 from .base import Dialect
 

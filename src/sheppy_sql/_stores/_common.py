@@ -23,7 +23,7 @@ from sqlalchemy import (
 if TYPE_CHECKING:
     from sqlalchemy import CTE, ColumnElement, Delete, Executable, Table
 
-    from .._database import Transaction
+    from .._transaction import Transaction
 
     Among = Callable[[ColumnElement[Any]], ColumnElement[bool]]
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Select
     from sqlalchemy.types import TypeEngine
 
-    from .._database import Transaction
     from .._payloads import TaskRow
-    from .._wakeups import Notice
+    from .._transaction import Transaction
+    from .._waiting import Notice
 
 PARAMETERS: dict[str, TypeEngine[Any]] = {
     "queue": Text(),

@@ -15,8 +15,8 @@ from . import scheduled as schedule_store
 from . import tasks as task_store
 
 if TYPE_CHECKING:
-    from .._database import Transaction
     from .._payloads import TaskRow
+    from .._transaction import Transaction
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from sqlalchemy import literal, select
 from ..schema import Key
 
 if TYPE_CHECKING:
-    from .._database import Transaction
+    from .._transaction import Transaction
 
 
 async def is_due(tx: Transaction, name: str) -> bool:

@@ -40,8 +40,8 @@ from .floors import Line, own_xid
 if TYPE_CHECKING:
     from sqlalchemy import CTE, Column, ColumnElement, Select, Subquery, Update
 
-    from .._database import Transaction
     from .._floors import Look
+    from .._transaction import Transaction
 
 MOST_STALE = 1000
 """Claims that one call takes over, the host's number."""

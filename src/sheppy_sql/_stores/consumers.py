@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement
 
-    from .._database import Transaction
+    from .._transaction import Transaction
 
 LONGEST_ABSENCE = 600.0
 """Seconds after its death for which a consumer is still known.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import delete, select
 
 if TYPE_CHECKING:
-    from .._database import Transaction
+    from .._transaction import Transaction
 
 
 async def add(

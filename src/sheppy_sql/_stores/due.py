@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Select
 
-    from .._database import Transaction
     from .._floors import Floor, Look
+    from .._transaction import Transaction
 
 
 async def is_any_due(

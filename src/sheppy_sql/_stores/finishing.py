@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from sqlalchemy import Select
     from sqlalchemy.types import TypeEngine
 
-    from .._database import Transaction
     from .._dialects.base import Columns
     from .._payloads import TaskRow
-    from .._wakeups import Notice
+    from .._transaction import Transaction
+    from .._waiting import Notice
 
 
 class Ended(NamedTuple):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Label, Row, ScalarSelect, Select, Subquery
     from sqlalchemy import Sequence as DatabaseSequence
 
-    from .._database import Transaction
     from .._floors import Floor
+    from .._transaction import Transaction
 
     Conditions = Sequence[ColumnElement[bool]]
 

@@ -11,7 +11,7 @@ from .._errors import UPGRADE_HINT
 from ..schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
-    from .._database import Transaction
+    from .._transaction import Transaction
 
 
 class Installation(NamedTuple):

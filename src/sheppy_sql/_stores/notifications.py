@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement
 
-    from .._database import Transaction
-from .._wakeups import Notice
+    from .._transaction import Transaction
+from .._waiting import Notice
 
 CALL: ColumnElement[None] = func.pg_notify(
     bindparam("channel", type_=Text), bindparam("text", type_=Text), type_=NullType

@@ -13,7 +13,7 @@ from ._common import among, delete_in_order, unexpired
 if TYPE_CHECKING:
     from sqlalchemy import Column, Select, Table
 
-    from .._database import Transaction
+    from .._transaction import Transaction
 
 
 CHUNK = 5_000  # tasks that clear deletes in one statement

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import delete, func, select, update
 
 if TYPE_CHECKING:
-    from .._database import Transaction
+    from .._transaction import Transaction
 
 SHORTEST_WAIT = 0.01  # seconds, the host's
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import delete, select
 
-from .._database import new_token
+from .._transaction import new_token
 
 if TYPE_CHECKING:
-    from .._database import Transaction
+    from .._transaction import Transaction
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects.postgresql import Insert as PostgreSQLInsert
     from sqlalchemy.dialects.sqlite import Insert as SQLiteInsert
 
-    from .._database import Transaction
     from .._payloads import TaskRow
+    from .._transaction import Transaction
     from ._common import Among
 
 

@@ -15,8 +15,8 @@ from .floors import own_xid
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
 
-    from .._database import Transaction
     from .._payloads import TaskRow
+    from .._transaction import Transaction
 
 
 async def put(tx: Transaction, queue: str, task_id: str, run_at: datetime) -> None:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, CompoundSelect
     from sqlalchemy.types import TypeEngine
 
-    from .._database import Transaction
     from .._payloads import TaskRow
+    from .._transaction import Transaction
     from ._common import Among
 
 STATEMENT_BYTES = 32 * 1024 * 1024

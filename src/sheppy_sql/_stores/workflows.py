@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import ColumnElement, Select
 
-    from .._database import Transaction
+    from .._transaction import Transaction
 
 
 class Stalled(NamedTuple):
