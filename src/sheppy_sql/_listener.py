@@ -151,11 +151,7 @@ class Line:
             async with engine.connect() as connection:
                 try:
                     await self._dialect.hear(
-                        connection,
-                        notification_store.channel_of(self._installation),
-                        ready=self._prove,
-                        heard=self._heard,
-                        wanted=self._until_wanted,
+                        connection, notification_store.channel_of(self._installation), self
                     )
                 except Exception:
                     await connection.invalidate()
@@ -163,7 +159,7 @@ class Line:
         finally:
             await engine.dispose()
 
-    async def _prove(self) -> None:
+    async def ready(self) -> None:
         """See a notification of ours come back, sent as all others are."""
         if not self._dialect.embedded:
             token, came = secrets.token_urlsafe(8), asyncio.Event()
@@ -181,7 +177,8 @@ class Line:
         # What was said before is lost.
         self._wakeups.wake_all()
 
-    def _heard(self, text: str | None) -> None:
+    def heard(self, text: str | None) -> None:
+        """Wake those here who wait for what another process has named."""
         if text is None:
             self._wakeups.wake_all()
             return
@@ -191,7 +188,8 @@ class Line:
         elif self._proof is not None and marks == [self._proof[0]]:
             self._proof[1].set()
 
-    async def _until_wanted(self) -> None:
+    async def wanted(self) -> None:
+        """Return as soon as anybody waits for anything."""
         if not self._wakeups.anybody:
             self._wanted.clear()
             await self._wanted.wait()

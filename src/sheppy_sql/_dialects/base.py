@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
     from .._urls import Target
 
     Columns = Mapping[str, tuple[TypeEngine[Any], Sequence[Any] | None]]
+
+
+class Listener(Protocol):
+    """Who listens to what other processes have committed."""
+
+    async def ready(self) -> None:
+        """Called once it is listened."""
+
+    def heard(self, text: str | None) -> None:
+        """Called with each notification, or None where something changed and nobody says what."""
+
+    async def wanted(self) -> None:
+        """Awaited before what is done again and again, as long as nobody waits for anything."""
 
 
 class Dialect(ABC):
@@ -73,20 +86,10 @@ class Dialect(ABC):
         """Make of a transaction that has just been begun there what `begin` makes of its own."""
 
     @abstractmethod
-    async def hear(
-        self,
-        connection: AsyncConnection,
-        channel: str,
-        *,
-        ready: Callable[[], Awaitable[None]],
-        heard: Callable[[str | None], None],
-        wanted: Callable[[], Awaitable[None]],
-    ) -> None:
+    async def hear(self, connection: AsyncConnection, channel: str, listener: Listener) -> None:
         """Listen to what other processes have committed, until the connection is lost.
 
-        On a connection that is for nothing else. `ready` is awaited once it listens. `heard` gets
-        each notification of a channel, or None where something has changed and nobody says what.
-        What is done again and again waits for `wanted` before.
+        On a connection that is for nothing else.
         """
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from .._urls import Target
-    from .base import Columns
+    from .base import Columns, Listener
 
 OLDEST_VERSION = 14
 MOVING_SNAPSHOTS = frozenset({"read committed", "read uncommitted"})
@@ -159,26 +159,18 @@ class PostgreSQL(Dialect):
     def begin_lent(self, connection: Connection) -> None:
         pass
 
-    async def hear(
-        self,
-        connection: AsyncConnection,
-        channel: str,
-        *,
-        ready: Callable[[], Awaitable[None]],
-        heard: Callable[[str | None], None],
-        wanted: Callable[[], Awaitable[None]],
-    ) -> None:
+    async def hear(self, connection: AsyncConnection, channel: str, listener: Listener) -> None:
         # The driver's own calls: they are in no transaction, which would hold notifications back.
         driver: Any = (await connection.get_raw_connection()).driver_connection
         lost = asyncio.Event()
 
         def tell(_connection: object, _pid: int, _channel: str, payload: str) -> None:
-            heard(payload)
+            listener.heard(payload)
 
         driver.add_termination_listener(lambda _: lost.set())
         await driver.add_listener(channel, tell)
         try:
-            await ready()
+            await listener.ready()
             while not lost.is_set():
                 await sleep_until(lost, LOOK_AFTER)
                 if not lost.is_set():

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import sqlite3
-from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from .._urls import Target
-    from .base import Columns
+    from .base import Columns, Listener
 
 OLDEST_VERSION = (3, 35, 0)
 BUSY_TIMEOUT = 5.0  # seconds
@@ -117,15 +116,7 @@ class SQLite(Dialect):
         while not _has_begun(connection, is_last=tries_left == 1):
             tries_left -= 1
 
-    async def hear(
-        self,
-        connection: AsyncConnection,
-        channel: str,
-        *,
-        ready: Callable[[], Awaitable[None]],
-        heard: Callable[[str | None], None],
-        wanted: Callable[[], Awaitable[None]],
-    ) -> None:
+    async def hear(self, connection: AsyncConnection, channel: str, listener: Listener) -> None:
         # A connection that writes nothing hears of every commit, without looking at any table.
         driver: Any = (await connection.get_raw_connection()).driver_connection
 
@@ -134,15 +125,15 @@ class SQLite(Dialect):
             return int(number)
 
         known, unchanged = await version(), 0
-        await ready()
+        await listener.ready()
         while True:
-            await wanted()
+            await listener.wanted()
             await asyncio.sleep(LOOK_OUT if unchanged < IDLE_AFTER else LOOK_OUT_IDLY)
             found = await version()
             unchanged += 1
             if found != known:
                 known, unchanged = found, 0
-                heard(None)
+                listener.heard(None)
 
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
         # The same machine's clock, and finer than SQLite's own milliseconds.
