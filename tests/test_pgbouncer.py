@@ -19,7 +19,7 @@ import pytest
 from sheppy import BackendError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sheppy_sql import SqlBackend, _wakeups, migrate
+from sheppy_sql import SqlBackend, _waiting, _wakeups, migrate
 from sheppy_sql._dialects import poolers
 from sheppy_sql._errors import Fault, fault
 from tests.concurrency.test_exactly_once import run_all
@@ -356,7 +356,7 @@ async def test_whoever_listens_directly_hears_of_tasks_that_come_through_it(
     make_backend: MakeBackend, server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_wakeups, "hub", lambda _: _wakeups.Wakeups())
-    monkeypatch.setattr(_wakeups, "FIRST_POLL", 60.0)
+    monkeypatch.setattr(_waiting, "FIRST_POLL", 60.0)
     pooled = await make_backend()
     direct = await make_backend(server.url(), notify="on", max_poll_interval=60)
     taking = asyncio.create_task(direct.pop("q", timeout=60))

@@ -10,7 +10,7 @@ import pytest
 from sheppy import BackendError
 from sqlalchemy import event
 
-from sheppy_sql import SqlBackend, _waiting, _wakeups
+from sheppy_sql import SqlBackend, _waiting
 from sheppy_sql._stores import results as result_store
 from sheppy_sql._stores import tasks as task_store
 from tests.contract.tasks import QUEUE, MakeBackend, finished, ids, make_task, make_tasks
@@ -31,7 +31,7 @@ def statements_of(backend: SqlBackend) -> list[str]:
 @pytest.fixture
 def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks without being told."""
-    monkeypatch.setattr(_wakeups, "FIRST_POLL", NEVER)
+    monkeypatch.setattr(_waiting, "FIRST_POLL", NEVER)
 
 
 async def finish_all(backend: SqlBackend) -> None:

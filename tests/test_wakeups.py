@@ -17,7 +17,7 @@ from sheppy import BackendError
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from sheppy_sql import SqlBackend, _announcer, _listener, _wakeups
+from sheppy_sql import SqlBackend, _announcer, _listener, _waiting, _wakeups
 from sheppy_sql._listener import Line
 from sheppy_sql._stores import notifications as notification_store
 from tests.contract.tasks import FUTURE, QUEUE, MakeBackend, finished, ids, make_task, make_tasks
@@ -39,7 +39,7 @@ Strangers = Callable[..., Awaitable[SqlBackend]]
 @pytest.fixture
 def strangers(make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch) -> Strangers:
     """Makes backends that know nothing of each other, as in different processes."""
-    monkeypatch.setattr(_wakeups, "FIRST_POLL", NEVER)
+    monkeypatch.setattr(_waiting, "FIRST_POLL", NEVER)
     monkeypatch.setattr(_listener, "LONGEST_POLL", NEVER)
     hubs = []
 
@@ -379,7 +379,7 @@ class TestPostgreSQL:
 
 WAITER = """
 import asyncio, sys
-from sheppy_sql import SqlBackend, _wakeups
+from sheppy_sql import SqlBackend, _waiting
 _waiting.FIRST_POLL = 60.0
 async def main():
     backend = SqlBackend(sys.argv[1], max_poll_interval=60.0, notify=sys.argv[2])
@@ -405,7 +405,7 @@ async def test_another_process_is_told_indeed(
 
 FORK = """
 import asyncio, os, sys
-from sheppy_sql import SqlBackend, _wakeups
+from sheppy_sql import SqlBackend, _waiting
 _waiting.FIRST_POLL = 60.0
 backend = SqlBackend(sys.argv[1], max_poll_interval=60.0)
 

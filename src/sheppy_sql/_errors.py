@@ -54,7 +54,15 @@ _OUTAGES = _STARTING | {"57P01", "57P02", "57P05", "25006", "25P03", "25P04", "2
 # Of asyncpg, which gives its own errors no SQLSTATE.
 _BROKEN_CONNECTIONS = ("is closed", "has been released", "operation is in progress")
 _OUTAGE_TYPES = frozenset(
-    {"InvalidCachedStatementError", "OutdatedSchemaCacheError", "TargetServerAttributeNotMatched"}
+    {
+        "InvalidCachedStatementError",
+        "OutdatedSchemaCacheError",
+        "TargetServerAttributeNotMatched",
+        # The driver has lost its way on a connection, as where the server has said that it ends
+        # the session, and its end is still to come.
+        "InternalClientError",
+        "ProtocolError",
+    }
 )
 
 _POOLER_HINT = (

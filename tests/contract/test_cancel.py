@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sheppy_sql import _wakeups
+from sheppy_sql import _waiting
 from tests.contract.tasks import (
     FUTURE,
     PAST,
@@ -128,7 +128,7 @@ async def test_cancel_wakes_who_waits_for_the_result(
     make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch, timeout: float
 ) -> None:
     """However rarely they look by themselves."""
-    monkeypatch.setattr(_wakeups, "FIRST_POLL", 60.0)
+    monkeypatch.setattr(_waiting, "FIRST_POLL", 60.0)
     waiter, user = await make_backend(max_poll_interval=60), await make_backend()
     await store_scheduled(user, make_task())
     waiting = asyncio.create_task(waiter.get_results(QUEUE, ["task"], timeout))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sheppy_sql import _wakeups
+from sheppy_sql import _waiting
 from tests.contract.tasks import QUEUE, MakeBackend
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ async def test_store_workflow_wakes_who_waits_for_its_end(
     make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch, end: dict[str, Any]
 ) -> None:
     """However rarely they look by themselves; and another workflow does not count."""
-    monkeypatch.setattr(_wakeups, "FIRST_POLL", 60.0)
+    monkeypatch.setattr(_waiting, "FIRST_POLL", 60.0)
     user, worker = await make_backend(max_poll_interval=60), await make_backend()
     await worker.store_workflow(QUEUE, make_workflow())
     waiting = [

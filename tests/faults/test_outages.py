@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -280,3 +281,25 @@ async def test_lost_messages_and_outages_under_load_are_no_callers_concern(
             await load.progress(20)
             assert (answers.struck, requests.struck) == (4, 4)
     assert await database.fetch("SELECT id FROM sheppy_tasks") == []
+
+
+def ending(message: str) -> bytes:
+    """What a server says before it closes a connection, as its protocol has it."""
+    fields = {"S": "FATAL", "V": "FATAL", "C": "57P01", "M": message}
+    said = b"".join(f"{field}{text}\0".encode() for field, text in fields.items()) + b"\0"
+    return b"E" + struct.pack("!i", len(said) + 4) + said
+
+
+async def test_session_that_the_server_is_about_to_end_is_no_error(
+    postgres_database: TestDatabase,
+) -> None:
+    """Its last words have come, its end has not: the driver takes no statement any more."""
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    await backend.append(QUEUE, [A])
+    [kept] = backend._connected.database._connections._kept
+    driver: Any = kept.connection.driver_connection
+    driver._protocol.data_received(ending("terminating connection due to administrator command"))
+    assert await backend.append(QUEUE, [make_task("b")]) == [True]
+    assert [task["id"] for task in await backend.pop(QUEUE, 10)] == [A["id"], "b"]
+    await backend.disconnect()

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from sheppy_sql import SqlBackend, TransactionConflictError, _wakeups, sync
+from sheppy_sql import SqlBackend, TransactionConflictError, _waiting, sync
 from sheppy_sql.schema import SCHEMA_VERSION
 from tests.contract.tasks import MakeBackend, make_task
 from tests.support import make_worker, run_worker
@@ -324,7 +324,7 @@ async def test_commit_of_a_session_wakes_workers_in_this_process(
     make_backend: MakeBackend, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # After its first look it comes by itself once a minute.
-    monkeypatch.setattr(_wakeups, "FIRST_POLL", 60.0)
+    monkeypatch.setattr(_waiting, "FIRST_POLL", 60.0)
     worker = await make_backend(max_poll_interval=60)
     with application(database, "session") as app:
         popping = asyncio.create_task(worker.pop(EMAILS, timeout=60))
