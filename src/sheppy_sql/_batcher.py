@@ -71,7 +71,8 @@ class Batcher(Generic[I, R]):
         self._patience = patience
         self._waiting: deque[Call[I, R]] = deque()
         self._held_up: deque[Call[I, R]] = deque()
-        self._in_flight = False
+        self._in_flight = 0  # calls
+        self._until_ended: list[asyncio.Future[None]] = []
         self._singles = 0
         self._has_company = False
         """Whether the last batch had more than one call: then others are likely to come."""
@@ -96,6 +97,22 @@ class Batcher(Generic[I, R]):
                 await asyncio.wait([call.answer], timeout=self._patience)
             raise
 
+    @property
+    def size(self) -> int:
+        """How many calls are under way, or about to be, but those that go singly."""
+        return self._in_flight + len(self._waiting)
+
+    async def until_ended(self, timeout: float) -> None:
+        """Wait for the end of a batch, or for so many seconds."""
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+        self._until_ended.append(ended)
+        timer = loop.call_later(timeout, _end, ended)
+        try:
+            await ended
+        finally:
+            timer.cancel()
+
     def _go_on_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         """At once for a lone caller; else when all have come that are about to in this turn."""
         if not self._has_company:
@@ -109,7 +126,8 @@ class Batcher(Generic[I, R]):
         while not self._in_flight and self._waiting:
             batch = self._next_batch()
             self._has_company = len(batch) > 1
-            self._in_flight = self._begin(batch, self._batch_ended, patient=False)
+            if self._begin(batch, self._batch_ended, patient=False):
+                self._in_flight = len(batch)
         while self._held_up and self._singles < SINGLES:
             single = [self._held_up.popleft()]
             self._singles += self._begin(single, self._single_ended, patient=True)
@@ -147,13 +165,16 @@ class Batcher(Generic[I, R]):
         return True
 
     def _batch_ended(self, batch: list[Call[I, R]], outcome: Outcome[R]) -> None:
-        self._in_flight = False
+        self._in_flight = 0
         is_rejected = isinstance(outcome, RejectedError) and len(batch) > 1
         if is_rejected or isinstance(outcome, LockedError):
             # Because of one of them; each is to end as it would have by itself.
             self._held_up += batch
         else:
             _tell(batch, outcome)
+        until_ended, self._until_ended = self._until_ended, []
+        for future in until_ended:
+            _end(future)
         # Those who are told may have more to say, in the very turn that wakes them.
         self._go_on_soon(asyncio.get_running_loop())
 
@@ -183,6 +204,11 @@ class Batchers(dict[str, Batcher[I, R]]):
     def __missing__(self, queue: str) -> Batcher[I, R]:
         self[queue] = batcher = Batcher[I, R](partial(self._start, queue), **self._limits)
         return batcher
+
+
+def _end(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _outcome(work: asyncio.Task[Sequence[R]]) -> Outcome[R]:

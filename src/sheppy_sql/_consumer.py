@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sheppy import BackendError
@@ -42,6 +43,10 @@ GROUND = 0
 
 RECENTLY = 0.25
 """Seconds for which nobody looks again into a queue that was empty, where nothing was heard of."""
+
+
+MOST_DELAY = 0.05
+"""Seconds, for tasks that come while results are stored: longer than that takes, but in trouble."""
 
 
 class Emptiness(NamedTuple):
@@ -266,6 +271,7 @@ class Consumer:
                 lambda tx: claim_store.claim(
                     tx, queue, limit, self._owner, token, look=look, suspects=suspects
                 ),
+                delay=partial(self._until_there_is_room, queue, limit),
             )
             look.keep()
             ids = [task_id for task_id, _ in claimed]
@@ -285,10 +291,28 @@ class Consumer:
             look.keep()
         return found
 
+    async def _until_there_is_room(self, queue: str, limit: int, taken: int) -> None:
+        """Wait a moment with tasks that a worker could not begin with yet.
+
+        It asks for as many as it has slots, once it has given those to the tasks before, and so
+        before they have taken them. Were it told now, it would not ask again until the tasks that
+        it is told of have ended, and then wait for the next ones with nothing to do.
+        """
+        if not self._database.dialect.embedded and taken == limit <= self._storer.finisher.count(
+            queue
+        ):
+            await self._storer.finisher.until_stored(queue, MOST_DELAY)
+
     async def _claim_under(
-        self, token: int, operation: Callable[[Transaction], Awaitable[list[tuple[str, str]]]]
+        self,
+        token: int,
+        operation: Callable[[Transaction], Awaitable[list[tuple[str, str]]]],
+        delay: Callable[[int], Awaitable[None]] | None = None,
     ) -> list[tuple[str, str]]:
-        """What the operation claims; handed back where nobody is there to hear of it."""
+        """What the operation claims; handed back where nobody is there to hear of it.
+
+        `delay` is awaited before, and told how many there are.
+        """
         repeated = False
 
         async def watched(tx: Transaction) -> list[tuple[str, str]]:
@@ -300,6 +324,8 @@ class Consumer:
         claim = self._database.start_statement("take tasks", watched)
         try:
             claimed = await asyncio.shield(claim)
+            if delay is not None:
+                await delay(len(claimed))
         except asyncio.CancelledError:
             self._database.give_up(claim)
             # It may be committed, and nobody will ever hear of it. A task of its own, as

@@ -60,6 +60,14 @@ class Finisher:
             self._wakeups.wake([_wakeups.finished(queue, row.id)])
         return stored
 
+    def count(self, queue: str) -> int:
+        """How many results of a queue's tasks are on their way together."""
+        return self._batchers[queue].size
+
+    async def until_stored(self, queue: str, timeout: float) -> None:
+        """Wait until some of them are stored, or for so many seconds."""
+        await self._batchers[queue].until_ended(timeout)
+
     def _finish_all(
         self,
         queue: str,

@@ -50,7 +50,7 @@ class Storer:
         self._leftovers = leftovers
         self._options = options
         self._queues = queues
-        self._finisher = Finisher(database, wakeups, pace.carry)
+        self.finisher = Finisher(database, wakeups, pace.carry)
 
     async def store_result(self, queue: str, task: Payload) -> bool:
         """Store a task that ran; nothing changes where the claim on it was lost."""
@@ -76,7 +76,7 @@ class Storer:
         try:
             if task["finished_at"]:
                 ttl = self._options.ttl_for(task)
-                stored = await self._finisher.finish(queue, row, token, ttl, children)
+                stored = await self.finisher.finish(queue, row, token, ttl, children)
             else:
                 stored = await self._set_aside(queue, row, task, token)
             if not stored and token is not None and await self._has_result(queue, row.id, token):
