@@ -42,7 +42,7 @@ def named(*ids: str) -> list[dict[str, Any]]:
 
 def start(backend: SqlBackend) -> int:
     """Where the backend's next look begins; found out by the last one."""
-    return backend._connected.consumer._floors._kept[QUEUE].floor.start
+    return backend._connected.consumer._taker._floors._kept[QUEUE].floor.start
 
 
 async def empty(backend: SqlBackend) -> None:

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sheppy_sql import SqlBackend, _consumer, _finisher
+from sheppy_sql import SqlBackend, _finisher, _taker
 from tests.contract.tasks import MakeBackend, finished, ids, make_task
 from tests.support.databases import TestDatabase
 
@@ -27,7 +27,7 @@ def database(postgres_database: TestDatabase) -> TestDatabase:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever waits here waits for what it is to wait for."""
-    monkeypatch.setattr(_consumer, "MOST_DELAY", 3600.0)
+    monkeypatch.setattr(_taker, "MOST_DELAY", 3600.0)
     monkeypatch.setattr(_finisher, "LOCK_TIMEOUT", 3600.0)
 
 
@@ -103,7 +103,7 @@ async def test_no_longer_than_a_moment(
     database: TestDatabase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_consumer, "MOST_DELAY", 0.01)
+    monkeypatch.setattr(_taker, "MOST_DELAY", 0.01)
     other = await make_backend()
     async with results_held_up(backend, database):
         await other.append(QUEUE, [make_task("four")])

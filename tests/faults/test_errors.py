@@ -322,6 +322,6 @@ async def test_conflict_leaves_no_claim_to_be_looked_for(
     monkeypatch.setattr(claim_store, "claim", conflicting)
     assert len(await backend.pop("q")) == 1
     assert tries == 2
-    left = dict(backend._connected.consumer._leftovers._by_token)
+    left = dict(backend._connected.consumer._taker._leftovers._by_token)
     await backend.disconnect()
     assert left == {}
