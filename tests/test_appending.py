@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 
@@ -55,6 +56,34 @@ async def test_tasks_of_a_moment_share_a_few_statements(backend: SqlBackend) -> 
     assert all(await answers(list(start_all(backend).values())))
     assert len(statements) < COUNT / 10
     assert ids(await backend.pop(QUEUE, COUNT)) == IDS
+
+
+async def test_whoever_begins_to_listen_to_an_engine_sees_every_statement(
+    postgres_database: TestDatabase,
+) -> None:
+    """Those as well that are prepared by then, and carried out without SQLAlchemy."""
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    for number in range(3):
+        await backend.append(QUEUE, [make_task(f"before {number}")])
+    seen: list[str] = []
+    engine = backend._connected.database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", lambda *args: seen.append(args[2]))
+    await backend.append(QUEUE, [make_task("seen")])
+    assert any("sheppy_append" in statement for statement in seen)
+    assert await backend.size(QUEUE) == 4
+    await backend.disconnect()
+
+
+async def test_every_statement_is_logged_where_sqlalchemy_is_to_log_them(
+    postgres_database: TestDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "sqlalchemy.engine"):
+        backend = SqlBackend(postgres_database.url)
+        await backend.connect()
+        await backend.append(QUEUE, [make_task("one")])
+        await backend.disconnect()
+    assert "sheppy_append" in caplog.text
 
 
 async def test_one_statement_appends_one_task(
