@@ -87,8 +87,14 @@ class Prepared:
 def is_watched(connection: Connection) -> bool:
     """Whether somebody is to see each statement on SQLAlchemy's way, tracing or logging it."""
     engine = connection.engine
-    seen = engine.dispatch.before_cursor_execute or engine.dispatch.after_cursor_execute
-    return bool(seen) or engine.logger.isEnabledFor(logging.INFO)
+    statements, errors = engine.dispatch, engine.dialect.dispatch
+    listeners = (
+        statements.before_cursor_execute
+        or statements.after_cursor_execute
+        or errors.handle_error
+        or errors.do_execute
+    )
+    return bool(listeners) or engine.logger.isEnabledFor(logging.INFO)
 
 
 def prepare(statement: Executable, dialect: Dialect) -> Prepared:
