@@ -34,6 +34,11 @@ INSERT INTO sheppy_scheduled_tasks (queue, task_id, run_at, kind)
 SELECT queue, id, now(), 'due' FROM sheppy_tasks WHERE queue = $1 AND state = 'claimed'
 """
 UNSCHEDULE = "DELETE FROM sheppy_scheduled_tasks WHERE queue = $1"
+# Positions come from the sequence: none is beyond what it has given out.
+ADVANCE = """
+SELECT setval('sheppy_positions', greatest(last_value, (SELECT max(position) FROM sheppy_tasks)))
+FROM sheppy_positions
+"""
 FINISH = """
 WITH done AS (DELETE FROM sheppy_tasks WHERE queue = $1 AND owner = 'benchmark'
               RETURNING queue, id, payload, status, func, claim_token)
@@ -74,6 +79,8 @@ class Filler:
             size = min(CHUNK, count - start)
             await self._connection.execute(insert, self._number, self._number + size - 1)
             self._number += size
+        if table == "sheppy_tasks":
+            await self._connection.execute(ADVANCE)
 
     async def churn(self, count: int) -> None:
         """Enqueue, claim, schedule, unschedule and finish `count` tasks, 1,000 at a time.
