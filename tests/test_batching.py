@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from sheppy import BackendError
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sheppy_sql import SqlBackend
+from sheppy_sql import SqlBackend, _finisher
 from sheppy_sql._payloads import encode_task
 from sheppy_sql._stores.finishing import Ended, finish_all
 from tests.contract.tasks import FUTURE, MakeBackend, make_task
@@ -148,6 +149,32 @@ async def test_row_that_somebody_has_locked_holds_up_no_other_result(
         assert await asyncio.wait_for(held, 20)
     await engine.dispose()
     assert set(await backend.get_results(QUEUE, IDS)) == set(IDS)
+    await backend.disconnect()
+
+
+async def test_task_that_is_written_to_while_its_result_waits_for_it_is_finished_all_the_same(
+    postgres_database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a sign of life: the statement's snapshot does not show the version that it locks."""
+    monkeypatch.setattr(_finisher, "LOCK_TIMEOUT", 3600.0)
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    tasks = await take_all(backend)
+    engine = create_async_engine(postgres_database.url)
+    async with engine.connect() as connection:
+        await connection.execute(
+            text("UPDATE sheppy_tasks SET heartbeat_at = now() WHERE id IN (:one, :other)"),
+            {"one": IDS[42], "other": IDS[43]},
+        )
+        storing = asyncio.gather(*(backend.store_result(QUEUE, done(task)) for task in tasks))
+        waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        while not await postgres_database.fetch(f"{waits} AND datname = current_database()"):  # noqa: ASYNC110  # of the server
+            await asyncio.sleep(0.01)
+        await connection.commit()
+        assert all(await asyncio.wait_for(storing, 20))
+    await engine.dispose()
+    assert set(await backend.get_results(QUEUE, IDS)) == set(IDS)
+    assert await postgres_database.fetch("SELECT count(*) FROM sheppy_tasks") == [(0,)]
     await backend.disconnect()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from tests.support.databases import TestDatabase
 
 MILLION = 1_000_000
 DEAD = 100_000
+MANY = 20_000
 FEW = 300
 """Pages that all scans of one statement may read together: some levels of a few indexes.
 
@@ -160,3 +162,29 @@ async def test_plans_that_were_made_for_a_small_queue_serve_a_large_one(
     await backend.disconnect()  # which tells the statistics
     [(after,)] = await database.fetch(rows)
     assert after - before < DEAD
+
+
+async def test_results_are_stored_without_reading_the_queue_whatever_statistics_say(
+    backend: SqlBackend, database: TestDatabase, plain: AsyncEngine
+) -> None:
+    """By those of a queue that was just drained, its tasks are all but none."""
+    await database.execute(PENDING.format(prefix="'x'", numbers=numbers(DEAD)))
+    await database.execute("SELECT setval('sheppy_positions', 2000000)")
+    await database.execute("DELETE FROM sheppy_tasks")
+    async with plain.connect() as connection:
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        await connection.execute(text("ANALYZE sheppy_tasks, sheppy_results"))
+    for start in range(0, MANY, 1000):
+        await backend.append("q", [{"id": f"{start + n}"} for n in range(1000)])
+    entries = "SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE relname = 'sheppy_tasks'"
+    [(before,)] = await database.fetch(entries)
+    for _ in range(24):
+        tasks = await backend.pop("q", 10)
+        assert len(tasks) == 10
+        await asyncio.gather(
+            *(backend.store_result("q", {**task, "finished_at": "now"}) for task in tasks)
+        )
+    await backend.disconnect()  # which tells the statistics
+    [(after,)] = await database.fetch(entries)
+    # What is gone was read twice: as it was deleted, and by the first look.
+    assert after - before < 4 * DEAD

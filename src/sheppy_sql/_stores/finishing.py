@@ -7,16 +7,19 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Float,
     Interval,
     Text,
-    and_,
+    any_,
     bindparam,
     delete,
+    func,
     literal,
     null,
     select,
+    true,
     tuple_,
     update,
 )
@@ -151,17 +154,26 @@ async def _finish_in_one(
     """The ids of the tasks that were moved to the results."""
     is_limited = lock_timeout is not None and not tx.is_callers
     statement = made_once(tx, _finishing, is_limited, notice is not None)
-    parameters: dict[str, Any] = {name: values for name, (_, values) in _columns(ended).items()}
-    parameters |= {"ttl": [one.ttl for one in ended], "of_queue": queue}
+    more: dict[str, Any] = {"of_queue": queue}
     if lock_timeout is not None and is_limited:
-        parameters["lock_timeout"] = milliseconds(lock_timeout)
+        more["lock_timeout"] = milliseconds(lock_timeout)
     if notice is not None:
-        parameters |= notice._asdict()
-    return {row.id for row in await tx.rows(statement, parameters)}
+        more |= notice._asdict()
+    left, stored = ended, set[str]()
+    while left:
+        columns = {name: values for name, (_, values) in _columns(left).items()}
+        given = {**columns, "ttl": [one.ttl for one in left], **more}
+        rows = await tx.rows(statement, given)
+        stored |= {row.id for row in rows if row.is_stored}
+        # A task that was written to between the snapshot and its lock is locked in its newest
+        # version, which the same snapshot does not show: a newer one does.
+        missed = {row.id for row in rows if not row.is_stored}
+        left = [one for one in left if one.row.id in missed]
+    return stored
 
 
 def _finishing(tx: Transaction, is_limited: bool, notifies: bool) -> Select[Any]:
-    """The statement that moves tasks to the results, and returns their ids.
+    """The statement that moves tasks to the results; the id of each, and whether it did.
 
     Its parameters are of_queue, a list for each of _columns and for ttl, and where they are asked
     for, lock_timeout, and the channel and the text of a notice.
@@ -172,23 +184,26 @@ def _finishing(tx: Transaction, is_limited: bool, notifies: bool) -> Select[Any]
         name: (type_, None) for name, (type_, _) in _columns([]).items()
     }
     item = tx.dialect.unnest({**columns, "ttl": (Float(), None)})
-    given = select(item).cte("given").prefix_with("MATERIALIZED")
-    mine = (
-        select(tasks.c.id)
-        .join(given, and_(tasks.c.id == given.c.id, tasks.c.claim_token == given.c.claim_token))
-        .where(tasks.c.queue == queue)
+    # In the order of the ids, byte by byte as in the tables: as everybody locks.
+    in_order = select(item).order_by(item.c.id.collate("C"))
+    given = in_order.cte("given").prefix_with("MATERIALIZED")
+    # One search for each, and then by their places on disk: of a join with the tasks the planner
+    # may read all of the queue, where it believes that there are few.
+    mine = select(tasks.c.id, tasks.c.ctid).where(
+        tasks.c.queue == queue,
+        tasks.c.id == given.c.id,
+        tasks.c.claim_token == given.c.claim_token,
     )
     if is_limited:
         mine = mine.where(*limited(tx, bindparam("lock_timeout", type_=Text)))
+    each = mine.with_for_update().lateral("each")
     locked = (
-        mine.order_by(tasks.c.id)
-        .with_for_update(of=tasks)
-        .cte("locked")
-        .prefix_with("MATERIALIZED")
+        select(each).select_from(given.join(each, true())).cte("locked").prefix_with("MATERIALIZED")
     )
+    places = func.array(select(locked.c.ctid).scalar_subquery(), type_=ARRAY(tasks.c.ctid.type))
     gone = (
         delete(tasks)
-        .where(tasks.c.queue == queue, tasks.c.id == locked.c.id)
+        .where(tasks.c.ctid == any_(places))
         .returning(tasks.c.id, tasks.c.append_token)
         .cte("gone")
     )
@@ -202,7 +217,10 @@ def _finishing(tx: Transaction, is_limited: bool, notifies: bool) -> Select[Any]
         expires_at=tx.dialect.now() + given.c.ttl * literal(timedelta(seconds=1), Interval),
     )
     stored = insertion.returning(tx.tables.results.c.id).cte("stored")
-    finished = select(stored.c.id)
+    is_stored = stored.c.id.is_not(None).label("is_stored")
+    finished = select(locked.c.id, is_stored).select_from(
+        locked.outerjoin(stored, stored.c.id == locked.c.id)
+    )
     return finished.add_columns(notification_store.CALL) if notifies else finished
 
 
