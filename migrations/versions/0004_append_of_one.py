@@ -35,8 +35,10 @@ IS_TAKEN = """
 """
 
 # As in revision 0003, with the same answers. One task, as most calls bring, has statements of its
-# own: their plans are kept, while for `= ANY` of an array the server makes a new one at each call.
-# And nothing is performed that can be assigned, which needs no executor.
+# own, and the others are searched for one by one, which OFFSET 0 keeps from being made a join: for
+# `= ANY` of an array the server makes a new plan at each call, and may read all of the queue where
+# its statistics are of a drained one. And nothing is performed that can be assigned, which needs no
+# executor.
 APPEND = """
 DECLARE
     of_queue ALIAS FOR $1;
@@ -91,13 +93,22 @@ BEGIN
         )
         SELECT coalesce(array_agg(added.id), '{{}}') INTO stored FROM added;
         taken := ARRAY(
-            SELECT result.id FROM {results} AS result
-            WHERE result.queue = of_queue AND result.id = ANY (stored) AND {is_taken}
+            SELECT ended.id FROM unnest(stored) AS new (id), LATERAL (
+                SELECT result.id FROM {results} AS result
+                WHERE result.queue = of_queue AND result.id = new.id AND {is_taken}
+                OFFSET 0
+            ) AS ended
         );
     END IF;
     IF cardinality(taken) > 0 THEN
-        DELETE FROM {tasks} AS task
-        WHERE task.queue = of_queue AND task.id = ANY (taken) AND task.append_token = token;
+        -- By their places on disk, which nobody else can change: they are not committed.
+        DELETE FROM {tasks} WHERE ctid = ANY (ARRAY(
+            SELECT own.place FROM unnest(taken) AS again (id), LATERAL (
+                SELECT task.ctid AS place FROM {tasks} AS task
+                WHERE task.queue = of_queue AND task.id = again.id AND task.append_token = token
+                OFFSET 0
+            ) AS own
+        ));
     END IF;
     IF channel IS NOT NULL THEN
         done := pg_notify(channel, notice);
@@ -109,11 +120,14 @@ BEGIN
         RETURN stored;
     END IF;
     RETURN ARRAY(
-        SELECT task.id FROM {tasks} AS task
-        WHERE task.queue = of_queue AND task.id = ANY (ids) AND task.append_token = token
-        UNION
-        SELECT result.id FROM {results} AS result
-        WHERE result.queue = of_queue AND result.id = ANY (ids) AND result.append_token = token
+        SELECT mine.id FROM unnest(ids) AS given (id), LATERAL (
+            SELECT task.id FROM {tasks} AS task
+            WHERE task.queue = of_queue AND task.id = given.id AND task.append_token = token
+            UNION
+            SELECT result.id FROM {results} AS result
+            WHERE result.queue = of_queue AND result.id = given.id AND result.append_token = token
+            OFFSET 0
+        ) AS mine
     );
 END
 """

@@ -171,6 +171,10 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
     def key(name: str) -> Column[str]:
         return Column(name, Key, primary_key=True)
 
+    def place() -> Column[Any]:
+        # Where PostgreSQL keeps this version of the row; it makes the column by itself.
+        return Column("ctid", NullType, system=True)
+
     tables = Tables(
         metadata=metadata,
         tasks=table(
@@ -193,8 +197,7 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             Column("crashes", Integer, nullable=False, server_default=text("0")),
             # Of the transaction that made it pending; unused on SQLite.
             Column("pending_xid", BigInteger),
-            # Where PostgreSQL keeps this version of the row; it makes the column by itself.
-            Column("ctid", NullType, system=True),
+            place(),
             # SQLite's covers every state: it also gives the last position taken.
             index("tasks_pending", "queue", "position", postgresql="state = 'pending'"),
             index(
@@ -231,6 +234,7 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             Column("lease_token", BigInteger),
             # Of the transaction that gave it its run_at; unused on SQLite.
             Column("due_xid", BigInteger),
+            place(),
             index("scheduled_tasks_due", "queue", "run_at"),
             floor_index(
                 "scheduled_tasks_due_xid", "due_xid", text(HIDDEN_QUEUE), text(HIDDEN_RUN_AT)
@@ -247,6 +251,7 @@ def build_tables(schema: str | None = None, prefix: str = DEFAULT_PREFIX) -> Tab
             Column("append_token", BigInteger),
             Column("finished_at", Timestamp, nullable=False),
             Column("expires_at", Timestamp),
+            place(),
             index(
                 "results_expiry",
                 "expires_at",

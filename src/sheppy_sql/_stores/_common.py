@@ -11,21 +11,17 @@ from sqlalchemy import (
     and_,
     any_,
     bindparam,
-    delete,
     func,
     literal,
     null,
     or_,
     select,
-    tuple_,
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy import CTE, ColumnElement, Delete, Executable, Table
+    from sqlalchemy import ColumnElement, Executable
 
     from .._transaction import Transaction
-
-    Among = Callable[[ColumnElement[Any]], ColumnElement[bool]]
 
 S = TypeVar("S")
 
@@ -64,16 +60,6 @@ def is_held(tx: Transaction) -> ColumnElement[bool]:
     return and_(results.id.like(CRON_RUN), results.expires_at > tx.dialect.now(plus=-CRON_RUN_HELD))
 
 
-def in_order(table: Table, *conditions: ColumnElement[bool], skip_locked: bool = False) -> CTE:
-    """The keys of rows, which are locked in the order in which everybody locks.
-
-    A statement over many rows takes its locks as it finds them: two of those can deadlock.
-    """
-    key = list(table.primary_key.columns)
-    locked = select(*key).where(*conditions).order_by(*key).with_for_update(skip_locked=skip_locked)
-    return locked.cte("locked").prefix_with("MATERIALIZED")
-
-
 def limited(tx: Transaction, lock_timeout: ColumnElement[str]) -> list[ColumnElement[bool]]:
     """Conditions, always true, that have a statement which locks rows not wait for them for long.
 
@@ -87,12 +73,6 @@ def limited(tx: Transaction, lock_timeout: ColumnElement[str]) -> list[ColumnEle
 def milliseconds(seconds: float) -> str:
     """A length of time as PostgreSQL reads it."""
     return f"{round(seconds * 1000)}ms"
-
-
-def delete_in_order(table: Table, *conditions: ColumnElement[bool]) -> Delete:
-    """A DELETE of many rows that deadlocks with no other statement of ours."""
-    locked = in_order(table, *conditions)
-    return delete(table).where(tuple_(*table.primary_key.columns).in_(select(locked)))
 
 
 def among(
@@ -111,31 +91,20 @@ def among(
 
 async def rows_of(
     tx: Transaction,
-    make: Callable[[Transaction, Any, Among], Executable],
+    make: Callable[[Transaction, Any, Sequence[str] | None], Executable],
     queue: str,
     ids: Sequence[str],
 ) -> Sequence[Any]:
-    """Rows of a queue, by ids: those of `make(tx, queue, among)`.
-
-    `among` tells whether a column holds one of the ids.
-    """
+    """Rows of a queue, by ids: those of `make(tx, queue, ids)`, with ids as in `by_id.find`."""
     if tx.dialect.embedded:
-        return await tx.rows(make(tx, queue, lambda column: among(tx, column, ids)))
+        return await tx.rows(make(tx, queue, ids))
     made, key = tx.tables.made, (rows_of, make)
     if key not in made:
-        given = bindparam("ids", type_=ARRAY(Text))
-        made[key] = make(
-            tx, bindparam("of_queue", type_=Text), lambda column: column == any_(given)
-        )
-    return await tx.rows(made[key], {"of_queue": queue, "ids": list(ids)})
+        made[key] = make(tx, bindparam("of_queue", type_=Text), None)
+    return await tx.rows(made[key], {"of_queue": queue, "wanted": list(ids)})
 
 
-def held_under(tx: Transaction, queue: str, claims: Mapping[str, int]) -> list[ColumnElement[bool]]:
-    """Tasks under claims, whose tokens are given by id."""
-    tasks = tx.tables.tasks
-    return [
-        tasks.c.queue == queue,
-        among(tx, tasks.c.id, sorted(claims)),
-        # A token is of one instance's pop: a task under it is one that was asked for.
-        among(tx, tasks.c.claim_token, sorted(set(claims.values()))),
-    ]
+def is_under(tx: Transaction, claims: Mapping[str, int]) -> ColumnElement[bool]:
+    """Whether a task, of those whose ids are given, is under the claim whose token is."""
+    # A token is of one instance's pop: a task under it is one that was asked for.
+    return among(tx, tx.tables.tasks.c.claim_token, sorted(set(claims.values())))

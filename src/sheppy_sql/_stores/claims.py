@@ -7,11 +7,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
-    ARRAY,
     BigInteger,
     Integer,
     Text,
-    any_,
     bindparam,
     func,
     literal,
@@ -24,13 +22,12 @@ from sqlalchemy import (
 )
 
 from ..schema import CLAIMED, IDLE, PENDING, POSITION_STEP
+from . import by_id, floors
 from . import consumers as consumer_store
-from . import floors
 from ._common import (
     UNCLAIMED,
     among,
-    held_under,
-    in_order,
+    is_under,
     limited,
     made_once,
     milliseconds,
@@ -133,7 +130,7 @@ async def take_over(
     )
     if spare_consumers:
         stale = stale.where(~consumer_store.is_alive(tx, tasks.c.owner))
-    stale = stale.order_by(tasks.c.id).limit(MOST_STALE)
+    stale = stale.order_by(*_in_order(tx)).limit(MOST_STALE)
     statement = (
         _take(tx, queue, _locked(stale), owner, token)
         .values(crashes=tasks.c.crashes + 1)
@@ -146,9 +143,10 @@ async def renew(
     tx: Transaction, queue: str, claims: Mapping[str, int], _lock_timeout: float
 ) -> None:
     """A sign of life for claims, tokens by id, that still hold; it waits for no lock."""
+    tasks = tx.tables.tasks
+    renewed = update(tasks).values(heartbeat_at=tx.dialect.now())
     # One that an open transaction has locked must not keep all others from being renewed.
-    renewed = _update_in_order(tx, *held_under(tx, queue, claims), skip_locked=True)
-    await tx.execute(renewed.values(heartbeat_at=tx.dialect.now()))
+    await by_id.change(tx, renewed, queue, [*claims], is_under(tx, claims), skip_locked=True)
 
 
 async def release(
@@ -169,11 +167,19 @@ async def release(
         held.append(among(tx, tasks.c.id, sorted(ids)))
     if kept:
         held.append(~among(tx, tasks.c.id, sorted(kept)))
-    released = _update_in_order(tx, *held).values(
-        state=PENDING, pending_xid=own_xid(tx), **UNCLAIMED
-    )
-    statement = released.returning(tasks.c.queue)
-    return {row.queue for row in await tx.rows(statement)}
+    released = update(tasks).values(state=PENDING, pending_xid=own_xid(tx), **UNCLAIMED)
+    if tx.dialect.embedded:
+        gone = await tx.rows(released.where(*held).returning(tasks.c.queue))
+        return {row.queue for row in gone}
+    locking = select(tasks.c.queue, tasks.c.id, tasks.c.ctid).where(*held)
+    locking = locking.order_by(*_in_order(tx)).with_for_update()
+    queues: set[str] = set()
+    is_done = False
+    while not is_done:
+        rows = await tx.rows(by_id.applied(released, locking))
+        queues |= {row.queue for row in rows}
+        is_done = all(row.is_done for row in rows)
+    return queues
 
 
 async def lock_claims(tx: Transaction, owner: str) -> Sequence[Any]:
@@ -182,7 +188,7 @@ async def lock_claims(tx: Transaction, owner: str) -> Sequence[Any]:
     held = (
         select(tasks.c.queue, tasks.c.id, tasks.c.payload, tasks.c.claim_token, tasks.c.crashes)
         .where(*_under(tx, owner, None))
-        .order_by(tasks.c.queue, tasks.c.id)
+        .order_by(*_in_order(tx))
         .with_for_update(skip_locked=True)
     )
     return await tx.rows(held)
@@ -193,21 +199,10 @@ async def release_crashed(tx: Transaction, owner: str, claimed: Iterable[tuple[s
     tasks = tx.tables.tasks
     for queue, of_queue in groupby(claimed, key=lambda claim: claim[0]):
         ids = [task_id for _, task_id in of_queue]
-        await tx.execute(
-            update(tasks)
-            .where(
-                tasks.c.queue == queue,
-                among(tx, tasks.c.id, ids),
-                tasks.c.owner == owner,
-                tasks.c.state == CLAIMED,
-            )
-            .values(
-                state=PENDING,
-                pending_xid=own_xid(tx),
-                crashes=tasks.c.crashes + 1,
-                **UNCLAIMED,
-            )
+        returned = update(tasks).values(
+            state=PENDING, pending_xid=own_xid(tx), crashes=tasks.c.crashes + 1, **UNCLAIMED
         )
+        await by_id.change(tx, returned, queue, ids, *_under(tx, owner, None))
 
 
 async def get_suspect_queues(tx: Transaction) -> list[str]:
@@ -222,10 +217,9 @@ async def end(tx: Transaction, queue: str, claims: Mapping[str, int], lock_timeo
 
     Fails where a row is locked for longer than `lock_timeout` seconds.
     """
-    ended = _update_in_order(
-        tx, *held_under(tx, queue, claims), *limited(tx, literal(milliseconds(lock_timeout)))
-    )
-    await tx.execute(ended.values(state=IDLE, position=null(), **UNCLAIMED))
+    ended = update(tx.tables.tasks).values(state=IDLE, position=null(), **UNCLAIMED)
+    held = [is_under(tx, claims), *limited(tx, literal(milliseconds(lock_timeout)))]
+    await by_id.change(tx, ended, queue, [*claims], *held)
 
 
 async def _claim_above(
@@ -301,7 +295,7 @@ def _take(tx: Transaction, queue: Any, picked: CTE | Subquery, owner: Any, token
     mine = (
         [tasks.c.queue == queue, key.in_(chosen)]
         if tx.dialect.embedded
-        else [key == any_(func.array(chosen.scalar_subquery(), type_=ARRAY(key.type)))]
+        else [by_id.is_at(tasks, picked)]
     )
     return (
         update(tasks)
@@ -335,13 +329,13 @@ def _line(tx: Transaction) -> Line:
     )
 
 
-def _update_in_order(
-    tx: Transaction, *conditions: ColumnElement[bool], skip_locked: bool = False
-) -> Update:
-    """An UPDATE of many tasks that deadlocks with no other statement of ours."""
+def _in_order(tx: Transaction) -> list[ColumnElement[str]]:
+    """The order in which everybody locks tasks, of which few are looked for.
+
+    Expressions, lest the primary key be searched, which holds all of them.
+    """
     tasks = tx.tables.tasks
-    locked = in_order(tasks, *conditions, skip_locked=skip_locked)
-    return update(tasks).where(tasks.c.queue == locked.c.queue, tasks.c.id == locked.c.id)
+    return [tasks.c.queue.concat(""), tasks.c.id.concat("")]
 
 
 def _pending(tx: Transaction, queue: str, *, suspects: bool) -> list[ColumnElement[bool]]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import DateTime, and_, bindparam, func, literal, or_, select, union_all, update
 
 from ..schema import DUE, LEASED, UTC, Timestamp
-from . import floors
-from ._common import among, made_once
+from . import by_id, floors
+from ._common import made_once
 from .floors import Line, own_xid
 
 if TYPE_CHECKING:
@@ -59,17 +59,13 @@ async def lease(
             return [(row.task_id, row.payload) for row in taken]
     leased = [(row.task_id, row.payload) for row in await _lock(tx, queue, now, look)]
     if leased:
-        ids = sorted(task_id for task_id, _ in leased)
-        await tx.execute(
-            update(scheduled)
-            .where(scheduled.c.queue == queue, among(tx, scheduled.c.task_id, ids))
-            .values(
-                kind=LEASED,
-                lease_token=token,
-                run_at=tx.dialect.now(plus=seconds),
-                due_xid=own_xid(tx),
-            )
+        hidden = update(scheduled).values(
+            kind=LEASED,
+            lease_token=token,
+            run_at=tx.dialect.now(plus=seconds),
+            due_xid=own_xid(tx),
         )
+        await by_id.change(tx, hidden, queue, [task_id for task_id, _ in leased])
     return leased
 
 

@@ -7,15 +7,12 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
-    ARRAY,
     BigInteger,
     Float,
     Interval,
     Text,
-    any_,
     bindparam,
     delete,
-    func,
     literal,
     null,
     select,
@@ -25,11 +22,12 @@ from sqlalchemy import (
 )
 
 from ..schema import IDLE, SCHEDULED, Timestamp
+from . import by_id
 from . import notifications as notification_store
 from . import results as result_store
 from . import scheduled as schedule_store
 from . import tasks as task_store
-from ._common import UNCLAIMED, held_under, limited, made_once, milliseconds
+from ._common import UNCLAIMED, among, limited, made_once, milliseconds
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
@@ -119,9 +117,10 @@ async def _finish_in_two(tx: Transaction, queue: str, ended: Sequence[Ended]) ->
         {"id": (Text(), list(claims)), "claim_token": (BigInteger(), list(claims.values()))}
     )
     mine = [
-        # By the ids, as held_under says; and each under its own claim: a task may have been taken
+        tasks.c.queue == queue,
+        # By the ids, for the index; and each under its own claim: a task may have been taken
         # anew in the very pop that took another of these.
-        *held_under(tx, queue, claims),
+        among(tx, tasks.c.id, list(claims)),
         tuple_(tasks.c.id, tasks.c.claim_token).in_(select(pair.c.id, pair.c.claim_token)),
     ]
     gone = delete(tasks).where(*mine).returning(tasks.c.id, tasks.c.append_token)
@@ -200,10 +199,9 @@ def _finishing(tx: Transaction, is_limited: bool, notifies: bool) -> Select[Any]
     locked = (
         select(each).select_from(given.join(each, true())).cte("locked").prefix_with("MATERIALIZED")
     )
-    places = func.array(select(locked.c.ctid).scalar_subquery(), type_=ARRAY(tasks.c.ctid.type))
     gone = (
         delete(tasks)
-        .where(tasks.c.ctid == any_(places))
+        .where(by_id.is_at(tasks, locked))
         .returning(tasks.c.id, tasks.c.append_token)
         .cte("gone")
     )

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import delete, func, select, union
 
 from ..schema import DUE, PENDING
+from . import by_id
 from . import workflows as workflow_store
-from ._common import among, delete_in_order, unexpired
+from ._common import unexpired
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, Select, Table
+    from sqlalchemy import Column, Delete, Select, Table
 
     from .._transaction import Transaction
 
@@ -73,12 +74,8 @@ async def clear(tx: Transaction, queue: str) -> int:
     last: str | None = None
     while ids := await _lock_some(tx, queue, last):
         last = ids[-1]
-        removed += await tx.count(
-            delete(tables.tasks).where(
-                tables.tasks.c.queue == queue, among(tx, tables.tasks.c.id, ids)
-            )
-        )
-    await tx.execute(delete_in_order(tables.results, tables.results.c.queue == queue))
+        removed += len(await by_id.change(tx, delete(tables.tasks), queue, ids))
+    await tx.execute(_deleting_results(tx, queue))
     for table in (tables.rate_limits, tables.rate_limit_entries):
         await tx.execute(delete(table).where(table.c.queue == queue))
     # Only what has no task: one may have been scheduled since the tasks were deleted.
@@ -102,6 +99,14 @@ async def _lock_some(tx: Transaction, queue: str, after: str | None) -> list[str
         some = some.where(tasks.c.id > after)
     locked = some.order_by(tasks.c.id).limit(CHUNK).with_for_update()
     return [row.id for row in await tx.rows(locked)]
+
+
+def _deleting_results(tx: Transaction, queue: str) -> Delete:
+    """A DELETE of all of a queue's; by their ids in order, as everybody locks."""
+    results = tx.tables.results
+    locked = select(results.c.id).where(results.c.queue == queue).order_by(results.c.id)
+    ids = locked.with_for_update().cte("locked").prefix_with("MATERIALIZED")
+    return delete(results).where(results.c.queue == queue, results.c.id.in_(select(ids.c.id)))
 
 
 def _distinct(queue: Column[str]) -> Select[tuple[str]]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Text, delete, literal, null, select, true, tuple_
 
-from ._common import among, is_held, rows_of, unexpired
+from . import by_id
+from ._common import is_held, rows_of, unexpired
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, FromClause, Select
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from .._payloads import TaskRow
     from .._transaction import Transaction
-    from ._common import Among
 
 
 KEPT = 600.0
@@ -83,9 +83,8 @@ def insert_all(
 async def of_claims(tx: Transaction, queue: str, claims: Mapping[str, int]) -> set[str]:
     """Those of the ids whose results were stored under their claims, tokens by id."""
     results = tx.tables.results
-    stored = select(results.c.id, results.c.claim_token).where(
-        results.c.queue == queue, among(tx, results.c.id, sorted(claims))
-    )
+    columns = [results.c.id, results.c.claim_token]
+    stored = select(by_id.find(tx, results, columns, queue, [*claims]))
     return {row.id for row in await tx.rows(stored) if row.claim_token == claims[row.id]}
 
 
@@ -94,12 +93,11 @@ async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]
     return {row.id: row.payload for row in await rows_of(tx, finished, queue, ids)}
 
 
-def finished(tx: Transaction, queue: Any, among: Among) -> Select[tuple[str, str]]:
+def finished(tx: Transaction, queue: Any, ids: Sequence[str] | None) -> Select[tuple[str, str]]:
     """(id, payload) of those that are finished and not expired, as for rows_of."""
     results = tx.tables.results
-    return select(results.c.id, results.c.payload).where(
-        results.c.queue == queue, among(results.c.id), unexpired(tx)
-    )
+    columns = [results.c.id, results.c.payload]
+    return select(by_id.find(tx, results, columns, queue, ids, unexpired(tx)))
 
 
 async def prune(tx: Transaction, most: int) -> int:
@@ -148,11 +146,7 @@ async def check_unseen(tx: Transaction, queue: str, ids: Sequence[str]) -> None:
         select(literal(queue, Text), item.c.id, literal("null", Text), tx.dialect.now()),
     )
     probed = await tx.rows(probe.on_conflict_do_nothing().returning(results.c.id))
-    await tx.execute(
-        delete(results).where(
-            results.c.queue == queue, among(tx, results.c.id, sorted(row.id for row in probed))
-        )
-    )
+    await by_id.change(tx, delete(results), queue, [row.id for row in probed])
 
 
 async def remove(tx: Transaction, queue: str, task_id: str) -> None:

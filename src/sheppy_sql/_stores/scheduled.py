@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import delete, null, select, update
 
 from ..schema import DUE, PARKED
+from . import by_id
 from ._common import among
 from .floors import own_xid
 
@@ -88,20 +89,18 @@ async def get_all(tx: Transaction, queue: str) -> list[str]:
 async def lock_leases(tx: Transaction, queue: str, leases: Mapping[str, int]) -> set[str]:
     """Which of the leases, tokens by id, still hold; nobody else takes them in this transaction."""
     scheduled, tasks = tx.tables.scheduled_tasks, tx.tables.tasks
-    ids = sorted(leases)
-    held = (
-        select(scheduled.c.task_id)
-        .where(
-            scheduled.c.queue == queue,
-            among(tx, scheduled.c.task_id, ids),
-            among(tx, scheduled.c.lease_token, [leases[task_id] for task_id in ids]),
-            tasks.c.queue == scheduled.c.queue,
-            tasks.c.id == scheduled.c.task_id,
-        )
-        .order_by(scheduled.c.task_id)
-        .with_for_update(of=[tasks, scheduled])
+    held = by_id.lock(
+        tx,
+        scheduled,
+        [scheduled.c.task_id],
+        queue,
+        [*leases],
+        among(tx, scheduled.c.lease_token, sorted(set(leases.values()))),
+        tasks.c.queue == scheduled.c.queue,
+        tasks.c.id == scheduled.c.task_id,
+        of=[tasks, scheduled],
     )
-    return {row.task_id for row in await tx.rows(held)}
+    return {row.task_id for row in await tx.rows(select(held))}
 
 
 def _parked(tx: Transaction, queue: str, task_id: str, token: int) -> list[ColumnElement[bool]]:

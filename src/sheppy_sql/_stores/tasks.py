@@ -21,8 +21,9 @@ from sqlalchemy import (
 )
 
 from ..schema import PENDING, POSITION_STEP, SCHEDULED, Timestamp
+from . import by_id
 from . import results as result_store
-from ._common import UNCLAIMED, among, delete_in_order, is_held, rows_of, unexpired
+from ._common import UNCLAIMED, is_held, rows_of, unexpired
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, CompoundSelect
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from .._payloads import TaskRow
     from .._transaction import Transaction
-    from ._common import Among
 
 STATEMENT_BYTES = 32 * 1024 * 1024
 """Payload in one statement: PostgreSQL ends a message at 1 GiB, memory may end earlier."""
@@ -124,12 +124,8 @@ async def put(
     ids = [row.id for row in rows]
     await result_store.check_unseen(tx, queue, sorted(ids))
     results, scheduled = tx.tables.results, tx.tables.scheduled_tasks
-    await tx.execute(
-        delete_in_order(results, results.c.queue == queue, among(tx, results.c.id, ids))
-    )
-    await tx.execute(
-        delete(scheduled).where(scheduled.c.queue == queue, among(tx, scheduled.c.task_id, ids))
-    )
+    await by_id.change(tx, delete(results), queue, ids)
+    await by_id.change(tx, delete(scheduled), queue, ids)
     return True
 
 
@@ -137,10 +133,8 @@ async def find_appended(tx: Transaction, queue: str, ids: Sequence[str], token: 
     """Those of the ids that the append of this token stored, whatever became of them since."""
     found: set[str] = set()
     for table in (tx.tables.tasks, tx.tables.results):
-        statement = select(table.c.id).where(
-            table.c.queue == queue, among(tx, table.c.id, ids), table.c.append_token == token
-        )
-        found.update(row.id for row in await tx.rows(statement))
+        mine = by_id.find(tx, table, [table.c.id], queue, ids, table.c.append_token == token)
+        found.update(row.id for row in await tx.rows(select(mine)))
     return found
 
 
@@ -151,11 +145,9 @@ async def exists(tx: Transaction, queue: str, task_id: str) -> bool:
 async def find(tx: Transaction, queue: str, ids: Sequence[str]) -> set[str]:
     """Those of the ids that are taken, by a task in whatever state."""
     tasks, results = tx.tables.tasks, tx.tables.results
-    live = select(tasks.c.id).where(tasks.c.queue == queue, among(tx, tasks.c.id, ids))
-    ended = select(results.c.id).where(
-        results.c.queue == queue, among(tx, results.c.id, ids), unexpired(tx)
-    )
-    return {row.id for row in await tx.rows(union_all(ended, live))}
+    live = by_id.find(tx, tasks, [tasks.c.id], queue, ids)
+    ended = by_id.find(tx, results, [results.c.id], queue, ids, unexpired(tx))
+    return {row.id for row in await tx.rows(union_all(select(ended), select(live)))}
 
 
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
@@ -163,10 +155,12 @@ async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]
     return {row.id: row.payload for row in await rows_of(tx, _in_any_state, queue, ids)}
 
 
-def _in_any_state(tx: Transaction, queue: Any, among: Among) -> CompoundSelect[tuple[str, str]]:
+def _in_any_state(
+    tx: Transaction, queue: Any, ids: Sequence[str] | None
+) -> CompoundSelect[tuple[str, str]]:
     tasks = tx.tables.tasks
-    live = select(tasks.c.id, tasks.c.payload).where(tasks.c.queue == queue, among(tasks.c.id))
-    return union_all(result_store.finished(tx, queue, among), live)
+    live = by_id.find(tx, tasks, [tasks.c.id, tasks.c.payload], queue, ids)
+    return union_all(result_store.finished(tx, queue, ids), select(live))
 
 
 async def lock_waiting(tx: Transaction, queue: str, task_id: str) -> str | None:
@@ -231,15 +225,14 @@ async def _remove_finished(
     `of_append`: only those that this very append has stored before.
     """
     tasks, results = tx.tables.tasks, tx.tables.results
-    finished = select(results.c.id).where(
-        results.c.queue == queue, among(tx, results.c.id, ids), or_(unexpired(tx), is_held(tx))
-    )
+    taken = [or_(unexpired(tx), is_held(tx))]
     if of_append:
-        finished = finished.where(results.c.append_token == token)
-    statement = delete(tasks).where(
-        tasks.c.queue == queue, tasks.c.append_token == token, tasks.c.id.in_(finished)
-    )
-    return {row.id for row in await tx.rows(statement.returning(tasks.c.id))}
+        taken.append(results.c.append_token == token)
+    finished = by_id.find(tx, results, [results.c.id], queue, ids, *taken)
+    ended = [row.id for row in await tx.rows(select(finished))]
+    if not ended:
+        return set()
+    return await by_id.change(tx, delete(tasks), queue, ended, tasks.c.append_token == token)
 
 
 def _stored(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import Text, case, delete, func, insert, literal, select, union_all, update
 
 from ..schema import NEVER, UNFINISHED
+from . import by_id
 from ._common import among
 
 if TYPE_CHECKING:
@@ -142,14 +143,12 @@ async def stalled(
 async def any_unsettled(tx: Transaction, queue: str, task_ids: Sequence[str], grace: float) -> bool:
     """Whether one of the tasks is live, or has ended less than `grace` seconds ago."""
     tasks, results = tx.tables.tasks, tx.tables.results
-    live = select(tasks.c.id).where(tasks.c.queue == queue, among(tx, tasks.c.id, task_ids))
-    ended = select(results.c.id).where(
-        results.c.queue == queue,
-        among(tx, results.c.id, task_ids),
-        results.c.finished_at > tx.dialect.now(plus=-grace),
-    )
+    is_recent = results.c.finished_at > tx.dialect.now(plus=-grace)
+    live = by_id.find(tx, tasks, [tasks.c.id], queue, task_ids)
+    ended = by_id.find(tx, results, [results.c.id], queue, task_ids, is_recent)
     # One snapshot: a task that ends just now is in one of them.
-    return await tx.scalar(union_all(live, ended).limit(1)) is not None
+    either = union_all(select(live), select(ended))
+    return await tx.scalar(either.limit(1)) is not None
 
 
 async def touch_stalled(tx: Transaction, queue: str, workflow_id: str, grace: float) -> bool:

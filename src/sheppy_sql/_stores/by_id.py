@@ -1,0 +1,150 @@
+"""Rows of a queue by their ids, each of which is searched for by itself.
+
+Of a condition on all the ids at once, or a join, PostgreSQL may make a plan that reads every row of
+the queue: where it believes that there are few, as its statistics say that were taken of a queue
+that had just been drained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import ARRAY, Text, and_, any_, func, literal_column, select, true
+
+if TYPE_CHECKING:
+    from sqlalchemy import (
+        CTE,
+        Column,
+        ColumnElement,
+        Delete,
+        FromClause,
+        Select,
+        Subquery,
+        Table,
+        Update,
+    )
+
+    from .._transaction import Transaction
+
+
+def find(
+    tx: Transaction,
+    table: Table,
+    columns: Sequence[ColumnElement[Any]],
+    queue: Any,
+    ids: Sequence[str] | None,
+    *conditions: ColumnElement[bool],
+) -> Subquery:
+    """Columns of the rows that meet the conditions.
+
+    `ids` may be None on a server: they are then the parameter `wanted`.
+    """
+    # It keeps the search from being made a join.
+    fence: ColumnElement[int] = literal_column("0")
+    rows = _rows(table, columns, queue, conditions)
+    return _searched(tx, table, rows, ids, lambda search: search.offset(fence))
+
+
+def lock(
+    tx: Transaction,
+    table: Table,
+    columns: Sequence[ColumnElement[Any]],
+    queue: str,
+    ids: Sequence[str],
+    *conditions: ColumnElement[bool],
+    **how: Any,
+) -> Subquery:
+    """`find`, and have nobody else change them: FOR UPDATE, with `how` as SQLAlchemy takes it.
+
+    In the order of the ids, byte by byte as in the tables: two statements that lock rows as they
+    find them can deadlock.
+    """
+    rows = _rows(table, columns, queue, conditions)
+    return _searched(tx, table, rows, sorted(ids), lambda search: search.with_for_update(**how))
+
+
+async def change(
+    tx: Transaction,
+    statement: Update | Delete,
+    queue: str,
+    ids: Sequence[str],
+    *conditions: ColumnElement[bool],
+    **how: Any,
+) -> set[str]:
+    """Apply an UPDATE or DELETE to the rows that meet the conditions; which those were.
+
+    They are locked before, as in `lock`.
+    """
+    table: Any = statement.table
+    key = _key(table)
+    if tx.dialect.embedded:
+        item = _wanted(tx, ids)
+        mine = [table.c.queue == queue, key.in_(select(item.c.wanted)), *conditions]
+        return {row.id for row in await tx.rows(statement.where(*mine).returning(key.label("id")))}
+    changed, left = set[str](), ids
+    columns = [*table.primary_key.columns, table.c.ctid]
+    while left:
+        locking = select(lock(tx, table, columns, queue, left, *conditions, **how))
+        rows = await tx.rows(applied(statement, locking))
+        changed |= {task_id for _, task_id, is_done in rows if is_done}
+        left = [task_id for _, task_id, is_done in rows if not is_done]
+    return changed
+
+
+def applied(statement: Update | Delete, locking: Select[Any]) -> Select[Any]:
+    """The statement that locks rows of a table and then applies another one to them.
+
+    `locking` gives their keys and their places on disk. What comes back are the keys, and whether
+    it is done. A row that was written to between the snapshot and its lock is locked in its newest
+    version, which the same snapshot does not show: it has to be done again, by a newer one.
+    """
+    table: Any = statement.table
+    keys = list(table.primary_key.columns)
+    locked = locking.cte("locked").prefix_with("MATERIALIZED")
+    done = statement.where(is_at(table, locked)).returning(*keys).cte("done")
+    is_same = and_(*(done.c[key.name] == locked.c[key.name] for key in keys))
+    is_done = done.c[keys[0].name].is_not(None).label("is_done")
+    columns = [locked.c[key.name] for key in keys]
+    return select(*columns, is_done).select_from(locked.outerjoin(done, is_same))
+
+
+def is_at(table: Table, picked: CTE | Subquery) -> ColumnElement[bool]:
+    """Whether a row, in PostgreSQL, is where those are that have been locked."""
+    place: Column[Any] = table.c.ctid
+    places = func.array(select(picked.c.ctid).scalar_subquery(), type_=ARRAY(place.type))
+    return place == any_(places)
+
+
+def _rows(
+    table: Table,
+    columns: Sequence[ColumnElement[Any]],
+    queue: Any,
+    conditions: Sequence[ColumnElement[bool]],
+) -> Select[Any]:
+    return select(*columns).where(table.c.queue == queue, *conditions)
+
+
+def _searched(
+    tx: Transaction,
+    table: Table,
+    rows: Select[Any],
+    ids: Sequence[str] | None,
+    fence: Callable[[Select[Any]], Select[Any]],
+) -> Subquery:
+    """Those of the rows whose ids are wanted, searched for with the fence around each search."""
+    item, key = _wanted(tx, ids), _key(table)
+    if tx.dialect.embedded:
+        return rows.where(key.in_(select(item.c.wanted))).subquery("found")
+    each = fence(rows.where(key == item.c.wanted)).lateral("each")
+    return select(each).select_from(item.join(each, true())).subquery("found")
+
+
+def _wanted(tx: Transaction, ids: Sequence[str] | None) -> FromClause:
+    return tx.dialect.unnest({"wanted": (Text(), ids)})
+
+
+def _key(table: Table) -> Column[str]:
+    """What is unique in a queue."""
+    _, key = table.primary_key.columns
+    return key
