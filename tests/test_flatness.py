@@ -21,6 +21,7 @@ from tests.support.databases import TestDatabase
 MILLION = 1_000_000
 DEAD = 100_000
 MANY = 20_000
+LONG_AGO = datetime(2000, 1, 1, tzinfo=timezone.utc)
 SOMETIME = datetime(2100, 1, 1, tzinfo=timezone.utc)
 FEW = 300
 """Pages that all scans of one statement may read together: some levels of a few indexes.
@@ -180,6 +181,13 @@ async def _append_again(backend: SqlBackend, tasks: list[dict[str, Any]]) -> Non
     assert await backend.append("q", tasks, unique=True) == [False] * len(tasks)
 
 
+async def _promote(backend: SqlBackend, _: object) -> None:
+    await backend.schedule("q", {"id": str(uuid4()), "status": "scheduled"}, LONG_AGO)
+    due = await backend.pop_scheduled("q")
+    assert len(due) == 1
+    await backend.append("q", [{**due[0], "status": "pending"}], unique=False)
+
+
 BY_ID: dict[str, Callable[[SqlBackend, list[dict[str, Any]]], Awaitable[Any]]] = {
     "store_result": _finish,
     "acknowledge": lambda b, tasks: b.acknowledge("q", ids_of(tasks)),
@@ -191,6 +199,7 @@ BY_ID: dict[str, Callable[[SqlBackend, list[dict[str, Any]]], Awaitable[Any]]] =
     "append of many": lambda b, _: b.append("q", [{"id": str(uuid4())} for _ in range(1001)]),
     "schedule": lambda b, tasks: b.schedule("q", tasks[0], SOMETIME, unique=False),
     "schedule, unique": lambda b, _: b.schedule("q", {"id": str(uuid4())}, SOMETIME),
+    "schedule, due": _promote,
     "cancel": lambda b, tasks: b.cancel("q", tasks[0]["id"]),
 }
 

@@ -53,14 +53,18 @@ def lock(
     queue: str,
     ids: Sequence[str],
     *conditions: ColumnElement[bool],
+    joined: FromClause | None = None,
     **how: Any,
 ) -> Subquery:
     """`find`, and have nobody else change them: FOR UPDATE, with `how` as SQLAlchemy takes it.
 
-    In the order of the ids, byte by byte as in the tables: two statements that lock rows as they
-    find them can deadlock.
+    `joined`: what the rows are found in, if the table is joined with another. In the order of the
+    ids, byte by byte as in the tables: two statements that lock rows as they find them can
+    deadlock.
     """
     rows = _rows(table, columns, queue, conditions)
+    if joined is not None:
+        rows = rows.select_from(joined)
     return _searched(tx, table, rows, sorted(ids), lambda search: search.with_for_update(**how))
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import DateTime, and_, bindparam, func, literal, or_, select, union_all, update
+from sqlalchemy import (
+    DateTime,
+    and_,
+    bindparam,
+    func,
+    literal,
+    or_,
+    select,
+    true,
+    union_all,
+    update,
+)
 
 from ..schema import DUE, LEASED, UTC, Timestamp
 from . import by_id, floors
@@ -15,7 +26,7 @@ from .floors import Line, own_xid
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import ColumnElement, FromClause, Select
 
     from .._floors import Floor, Look
     from .._transaction import Transaction
@@ -52,10 +63,10 @@ async def lease(
     scheduled = tx.tables.scheduled_tasks
     if tx.repeated:
         # Leased at the first try, though its answer was lost?
-        mine = _payloads(tx).where(
+        mine = _tasks(tx).where(
             scheduled.c.queue == queue, scheduled.c.kind == LEASED, scheduled.c.lease_token == token
         )
-        if taken := await tx.rows(mine):
+        if taken := await tx.rows(mine.order_by(*_in_order(scheduled))):
             return [(row.task_id, row.payload) for row in taken]
     leased = [(row.task_id, row.payload) for row in await _lock(tx, queue, now, look)]
     if leased:
@@ -75,7 +86,8 @@ async def _lock(
     """What is due, but what others have locked."""
     scheduled, tasks = tx.tables.scheduled_tasks, tx.tables.tasks
     if tx.dialect.embedded:
-        due = _payloads(tx).where(scheduled.c.queue == queue, _is_due(tx, now))
+        due = _tasks(tx).where(scheduled.c.queue == queue, _is_due(tx, now))
+        due = due.order_by(*_in_order(scheduled))
         return await tx.rows(due.with_for_update(of=[tasks, scheduled], skip_locked=True))
     floor = look.begin(tx.connection)
     locking = made_once(tx, _locking, bool(floor.running))
@@ -99,24 +111,30 @@ def _locking(tx: Transaction, running: bool) -> Select[Any]:
         each.select(*key, scheduled.c.run_at, where=_due_above(tx)).subquery()
         for each in floors.ranges(_line(tx), running=running)
     ]
-    # A fence: the planner may not begin with all tasks of the queue.
+    # A fence, and a search for each: the planner may not begin with all tasks of the queue.
     found = union_all(*(select(part.c.queue, part.c.task_id) for part in parts)).cte("found")
     found = found.prefix_with("MATERIALIZED")
-    due = _payloads(tx).where(
+    due = _tasks(tx).where(
         scheduled.c.queue == found.c.queue,
         scheduled.c.task_id == found.c.task_id,
         *_due_above(tx),
     )
-    return due.with_for_update(of=[tasks, scheduled], skip_locked=True)
+    each = due.with_for_update(of=[tasks, scheduled], skip_locked=True).lateral("each")
+    rows = select(each.c.task_id, each.c.payload).select_from(found.join(each, true()))
+    return rows.order_by(*_in_order(each))
 
 
-def _payloads(tx: Transaction) -> Select[Any]:
+def _tasks(tx: Transaction) -> Select[Any]:
+    """Tasks that have a time: their ids, times and payloads."""
     scheduled, tasks = tx.tables.scheduled_tasks, tx.tables.tasks
-    return (
-        select(scheduled.c.task_id, tasks.c.payload)
-        .where(tasks.c.queue == scheduled.c.queue, tasks.c.id == scheduled.c.task_id)
-        .order_by(scheduled.c.run_at, scheduled.c.task_id)
+    is_its_task = and_(tasks.c.queue == scheduled.c.queue, tasks.c.id == scheduled.c.task_id)
+    return select(scheduled.c.task_id, scheduled.c.run_at, tasks.c.payload).select_from(
+        scheduled.join(tasks, is_its_task)
     )
+
+
+def _in_order(tasks: FromClause) -> list[ColumnElement[Any]]:
+    return [tasks.c.run_at, tasks.c.task_id]
 
 
 def _is_due(tx: Transaction, now: datetime | None) -> ColumnElement[bool]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, null, select, update
+from sqlalchemy import and_, delete, null, select, update
 
 from ..schema import DUE, PARKED
 from . import by_id
@@ -89,6 +89,7 @@ async def get_all(tx: Transaction, queue: str) -> list[str]:
 async def lock_leases(tx: Transaction, queue: str, leases: Mapping[str, int]) -> set[str]:
     """Which of the leases, tokens by id, still hold; nobody else takes them in this transaction."""
     scheduled, tasks = tx.tables.scheduled_tasks, tx.tables.tasks
+    is_its_task = and_(tasks.c.queue == scheduled.c.queue, tasks.c.id == scheduled.c.task_id)
     held = by_id.lock(
         tx,
         scheduled,
@@ -96,8 +97,7 @@ async def lock_leases(tx: Transaction, queue: str, leases: Mapping[str, int]) ->
         queue,
         [*leases],
         among(tx, scheduled.c.lease_token, sorted(set(leases.values()))),
-        tasks.c.queue == scheduled.c.queue,
-        tasks.c.id == scheduled.c.task_id,
+        joined=scheduled.join(tasks, is_its_task),
         of=[tasks, scheduled],
     )
     return {row.task_id for row in await tx.rows(select(held))}
