@@ -215,13 +215,16 @@ async def test_nothing_due_costs_no_transaction_that_writes(
 ) -> None:
     await backend.schedule(QUEUE, {"id": "a"}, NOW + timedelta(days=1))
     next_id = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
-    [(before,)] = await database.fetch(next_id)
-    for _ in range(20):
-        assert await backend.pop_scheduled(QUEUE) == []
-        assert await backend.pop(QUEUE) == []
-    [(after,)] = await database.fetch(next_id)
-    # Others may work on the same server; forty of ours would show.
-    assert after - before < 20
+    taken = []
+    for _ in range(5):
+        [(before,)] = await database.fetch(next_id)
+        for _ in range(20):
+            assert await backend.pop_scheduled(QUEUE) == []
+            assert await backend.pop(QUEUE) == []
+        [(after,)] = await database.fetch(next_id)
+        taken.append(after - before)
+    # Others may work on the same server, now and then; forty of ours would show each time.
+    assert min(taken) < 20
 
 
 class Server:

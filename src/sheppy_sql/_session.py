@@ -134,12 +134,14 @@ class Session:
             begin=self._background.start,
             host_decides=host_decides,
         )
+        appender = Appender(database, pace.carry)
         self.producer = Producer(
             database,
             wakeups,
             claims,
             options,
-            append_new=Appender(database, pace.carry).append,
+            append_new=appender.append,
+            append_many=None if database.dialect.embedded else appender.append_many,
             registers=not passing,
         )
         self.remover = Remover(database, wakeups, options)
