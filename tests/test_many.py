@@ -74,7 +74,7 @@ async def hold_an_id(engine: AsyncEngine) -> Any:
 
 WAITING = (
     "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-    " AND wait_event_type = 'Lock' AND query LIKE '%sheppy_append%'"
+    " AND wait_event_type = 'Lock' AND query LIKE '%sheppy_tasks%'"
 )
 
 

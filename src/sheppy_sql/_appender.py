@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import _wakeups
 from ._batcher import LOCK_TIMEOUT, LONE_LOCK_TIMEOUT, MOST_BYTES, MOST_KEYS, Batchers
-from ._payloads import LateRow, TaskRow
 from ._stores import appends as append_store
 from ._stores import queues as queue_store
 from ._stores import tasks as task_store
@@ -18,17 +15,15 @@ from ._transaction import new_token
 from .schema import PENDING
 
 if TYPE_CHECKING:
+    import asyncio
+
     from ._database import Database
+    from ._payloads import TaskRow
     from ._transaction import Operations, Transaction
     from ._waiting import Notice
     from ._wakeups import Topic
 
-R = TypeVar("R", TaskRow, LateRow)
-
 ACTION = "append tasks"
-
-PIECE = 250
-"""Tasks that go to the server together, of many."""
 
 
 class Added(NamedTuple):
@@ -40,7 +35,7 @@ class Added(NamedTuple):
     """Whether the other processes were told with it."""
 
 
-Append = Callable[[str, Sequence[R], bool], Awaitable[Added]]
+AppendNew = Callable[[str, Sequence["TaskRow"], bool], Awaitable[Added]]
 """Append to a queue the rows, no id twice, that are new to it; True: make the queue known."""
 
 
@@ -61,7 +56,7 @@ class Appender:
         self._batchers: Batchers[Offer, Added] = Batchers(self._append_all)
 
     async def append(self, queue: str, rows: Sequence[TaskRow], registers: bool) -> Added:
-        """As Append says, once it is committed."""
+        """As AppendNew says, once it is committed."""
         size = sum(len(row.payload) for row in rows)
         if len(rows) > MOST_KEYS or size > MOST_BYTES:
             # Of its own accord, as nobody should have to wait for as many.
@@ -69,16 +64,6 @@ class Appender:
         self._database.check_turn(ACTION)
         ids = [row.id for row in rows]
         return await self._batchers[queue].submit(ids, Offer(rows, registers), size)
-
-    async def append_many(self, queue: str, rows: Sequence[LateRow], registers: bool) -> Added:
-        """As Append says, for a server; the rows are made while it stores those before.
-
-        ValueError where one cannot be, and then none is stored.
-        """
-        ids = await self._database.write(
-            ACTION, _append_pieces, queue, rows, new_token(), registers
-        )
-        return Added(ids, told=False)
 
     def _append_all(
         self,
@@ -115,33 +100,9 @@ class Appender:
 async def append_by_itself(
     database: Operations, queue: str, rows: Sequence[TaskRow], registers: bool
 ) -> Added:
-    """As Append says, by a transaction of its own, or in the caller's."""
+    """As AppendNew says, by a transaction of its own, or in the caller's."""
     ids = await database.write(ACTION, _add, queue, rows, new_token(), registers)
     return Added(ids, told=False)
-
-
-async def _append_pieces(
-    tx: Transaction, queue: str, rows: Sequence[LateRow], token: int, registers: bool
-) -> set[str]:
-    ids: set[str] = set()
-    loop = asyncio.get_running_loop()
-    start = 0
-    while start < len(rows):
-        piece = next(task_store.chunks([row.row() for row in rows[start : start + PIECE]]))
-        start += len(piece)
-        # Its turn comes when the statement is on its way.
-        loop.call_soon(_make, rows[start : start + PIECE])
-        # The queue last, as in _add.
-        is_last = start == len(rows)
-        ids |= await append_store.append(tx, queue, piece, token, registers=registers and is_last)
-    return ids
-
-
-def _make(rows: Sequence[LateRow]) -> None:
-    # What is wrong with one is raised when it is asked for.
-    with contextlib.suppress(ValueError):
-        for row in rows:
-            row.row()
 
 
 async def _add(

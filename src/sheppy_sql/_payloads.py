@@ -75,25 +75,6 @@ def encode_task(task: Payload, max_bytes: int) -> TaskRow:
     )
 
 
-class LateRow:
-    """A task of which no more than the id is known to be good; its row is made when asked for."""
-
-    def __init__(self, task: Payload, max_bytes: int) -> None:
-        """ValueError as of `encode_task`, where the id is not good."""
-        if not isinstance(task, dict) or "id" not in task:
-            encode_task(task, max_bytes)
-        self.id = check_key(task["id"], "task id")
-        self._task = task
-        self._max_bytes = max_bytes
-        self._row: TaskRow | None = None
-
-    def row(self) -> TaskRow:
-        """What `encode_task` makes of it, or raises."""
-        if self._row is None:
-            self._row = encode_task(self._task, self._max_bytes)
-        return self._row
-
-
 def failure_of(task: Payload, error: str) -> Payload:
     """A task as it ends where nobody could run it to its own end."""
     return {

@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import _unit, _wakeups
 from ._appender import append_by_itself
 from ._floors import Floors
-from ._payloads import LateRow, Payload, TaskRow, decode, encode_task
+from ._payloads import Payload, TaskRow, decode, encode_task
 from ._stores import due as due_store
 from ._stores import finishing
 from ._stores import queues as queue_store
@@ -24,16 +24,12 @@ from ._validation import check_moment, check_queue
 from .schema import PENDING, SCHEDULED
 
 if TYPE_CHECKING:
-    from ._appender import Append
+    from ._appender import AppendNew
     from ._claims import Claims
     from ._options import Options
     from ._transaction import Operations, Transaction
     from ._wakeups import Signals
 
-R = TypeVar("R", TaskRow, LateRow)
-
-MANY = 400
-"""Tasks of one call, from which on their texts are made while the server stores others."""
 GROUND = datetime.min.replace(tzinfo=timezone.utc)
 """Before every time that a task can have."""
 
@@ -71,18 +67,15 @@ class Producer:
         claims: Claims,
         options: Options,
         *,
-        append_new: Append[TaskRow] | None = None,
-        append_many: Append[LateRow] | None = None,
+        append_new: AppendNew | None = None,
         registers: bool = True,
     ) -> None:
         """`append_new` is how new tasks are appended, if not one call by itself.
 
-        `append_many` is how many are, if not so. `registers`: whether a queue is made known with
-        its first task. The row would be locked until the transaction ends, and with it every other
-        first task.
+        `registers`: whether a queue is made known with its first task. The row would be locked
+        until the transaction ends, and with it every other first task.
         """
         self._append_in_line = append_new or partial(append_by_itself, database)
-        self._append_many = append_many
         self._registers = registers
         self._database = database
         self._wakeups = wakeups
@@ -98,10 +91,6 @@ class Producer:
         check_queue(queue)
         if not isinstance(tasks, (list, tuple)):
             raise ValueError(f"tasks must be a list, not {type(tasks).__name__}")
-        if unique and self._append_many is not None and len(tasks) > MANY:
-            late = [LateRow(task, self._max_bytes) for task in tasks]
-            if _unit.for_children(self._wakeups, tasks) is None:
-                return await self._append_new(queue, late, self._append_many)
         rows = [encode_task(task, self._max_bytes) for task in tasks]
         if not rows and queue in self._known_queues:
             return []  # as the host's scheduler asks for every second
@@ -110,7 +99,7 @@ class Producer:
             if held_back is not None:
                 return held_back
         if unique:
-            return await self._append_new(queue, rows, self._append_in_line)
+            return await self._append_new(queue, rows)
         await self._append_again(queue, rows)
         return [True] * len(rows)
 
@@ -190,10 +179,10 @@ class Producer:
         self._known_queues.discard(queue)
         return removed
 
-    async def _append_new(self, queue: str, rows: Sequence[R], append: Append[R]) -> list[bool]:
+    async def _append_new(self, queue: str, rows: Sequence[TaskRow]) -> list[bool]:
         first = {row.id: index for index, row in reversed(list(enumerate(rows)))}
         unique_rows = [row for index, row in enumerate(rows) if first[row.id] == index]
-        added = await append(queue, unique_rows, self._is_to_register(queue))
+        added = await self._append_in_line(queue, unique_rows, self._is_to_register(queue))
         self._known_queues.add(queue)
         if added.ids:
             self._wakeups.wake([_wakeups.pending(queue)], told=added.told)

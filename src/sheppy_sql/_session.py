@@ -134,14 +134,12 @@ class Session:
             begin=self._background.start,
             host_decides=host_decides,
         )
-        appender = Appender(database, pace.carry)
         self.producer = Producer(
             database,
             wakeups,
             claims,
             options,
-            append_new=appender.append,
-            append_many=None if database.dialect.embedded else appender.append_many,
+            append_new=Appender(database, pace.carry).append,
             registers=not passing,
         )
         self.remover = Remover(database, wakeups, options)

@@ -48,14 +48,14 @@ async def append(
     token: int,
     *,
     registers: bool,
-    lock_timeout: float | None = None,
+    lock_timeout: float,
     notice: Notice | None = None,
 ) -> set[str]:
     """The ids that were new to the queue, now in line; an id occurs once in `rows`.
 
-    Fails where a row is locked for longer than `lock_timeout` seconds, if given. The same ids
-    again where it is repeated under the same token. `registers`: the queue becomes known. A notice
-    is sent with the commit.
+    Fails where a row is locked for longer than `lock_timeout` seconds. The same ids again where it
+    is repeated under the same token. `registers`: the queue becomes known. A notice is sent with
+    the commit.
     """
     # In the order of the ids, as everybody locks; the places are the caller's order.
     order = sorted(range(len(rows)), key=lambda index: rows[index].id)
@@ -66,9 +66,7 @@ async def append(
             "queue": queue,
             "token": token,
             # What is set is set until the transaction ends: not to be felt in the caller's.
-            "lock_timeout": (
-                None if lock_timeout is None or tx.is_callers else milliseconds(lock_timeout)
-            ),
+            "lock_timeout": None if tx.is_callers else milliseconds(lock_timeout),
             "registers": registers,
             "ids": [row.id for row in ordered],
             "payloads": [row.payload for row in ordered],

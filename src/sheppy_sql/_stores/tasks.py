@@ -63,7 +63,7 @@ async def add(
     """
     tasks = tx.tables.tasks
     now: set[str] = set()
-    for chunk in chunks(rows):
+    for chunk in _chunks(rows):
         insertion = tx.dialect.insert(tasks).from_select(*_stored(tx, queue, chunk, token, state))
         statement = insertion.on_conflict_do_nothing().returning(tasks.c.id)
         now.update(row.id for row in await tx.rows(statement))
@@ -99,7 +99,7 @@ async def put(
     if tx.repeated and await find_appended(tx, queue, [row.id for row in rows], token):
         return False
     stored = 0
-    for chunk in chunks(rows):
+    for chunk in _chunks(rows):
         source = _stored(tx, queue, chunk, token, state, promoted)
         insertion = tx.dialect.insert(tasks).from_select(*source)
         new = insertion.excluded
@@ -275,7 +275,7 @@ def _first_position(tx: Transaction, queue: str) -> ScalarSelect[int]:
     return select(tx.tables.positions.next_value()).scalar_subquery()
 
 
-def chunks(rows: Sequence[TaskRow]) -> Iterator[Sequence[TaskRow]]:
+def _chunks(rows: Sequence[TaskRow]) -> Iterator[Sequence[TaskRow]]:
     """The rows in pieces that one statement can carry."""
     start = size = 0
     for end, row in enumerate(rows):
