@@ -301,6 +301,7 @@ def idle_requests(bench: Bench, system: System, delayed: bool) -> Outcome:
         by_way, proxy = bench.servers.proxied(url, delay=0.0)
         hand.start("benchmarks.acts_worker:idle", driver=system.driver, url=by_way, workers=1)
         hand.ready()
+        _settle(bench)
         before, begun = proxy.count(), time.monotonic()
         time.sleep(bench.sizes.idle_seconds)
         rate = (proxy.count() - before) / (time.monotonic() - begun)
@@ -324,6 +325,7 @@ def idle_cpu(bench: Bench, system: System, delayed: bool) -> Outcome:
             hand.ready()
         pids = bench.servers.redis_pids if system.store == "redis" else bench.servers.postgres_pids
         processes = _processes(pids())
+        _settle(bench)
         before, begun = _cpu(processes), time.monotonic()
         time.sleep(bench.sizes.idle_seconds)
         used = (_cpu(processes) - before) / (time.monotonic() - begun)
@@ -333,6 +335,11 @@ def idle_cpu(bench: Bench, system: System, delayed: bool) -> Outcome:
         for hand in hands:
             hand.result()
     return Outcome({"cpu": 100 * used})
+
+
+def _settle(bench: Bench) -> None:
+    """Wait until workers that have just begun are idle as they will be for hours."""
+    time.sleep(bench.sizes.idle_seconds / 2)
 
 
 def _processes(pids: Sequence[int]) -> list[psutil.Process]:

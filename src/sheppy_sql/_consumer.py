@@ -16,6 +16,7 @@ from ._payloads import Payload, decode
 from ._retries import LONGEST_DELAY
 from ._stores import claims as claim_store
 from ._stores import consumers as consumer_store
+from ._stores import taking as taking_store
 from ._taker import STAY_CLAIMED, Taker
 from ._transaction import new_token
 from ._validation import check_keys, check_limit, check_number, check_queue, check_timeout
@@ -167,7 +168,7 @@ class Consumer:
         token = new_token()
         stale = await self._taker.claim_under(
             token,
-            lambda tx: claim_store.take_over(
+            lambda tx: taking_store.take_over(
                 tx,
                 queue,
                 min(idle, LONGEST_DELAY),

@@ -12,6 +12,7 @@ from ._process import is_gone
 from ._stores import claims as claim_store
 from ._stores import consumers as consumer_store
 from ._stores import finishing
+from ._stores import taking as taking_store
 from ._stores.consumers import Policy
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Leases:
         if not self._looks_for_suspects and not self._has_returned:
             return
         self._has_returned = False
-        queues = await self._database.read("look for suspects", claim_store.get_suspect_queues)
+        queues = await self._database.read("look for suspects", taking_store.get_suspect_queues)
         self._suspects.saw(queues)
         # Whoever waits here may be the one that is free for them.
         self._wakeups.wake_here([_wakeups.pending(queue) for queue in queues])

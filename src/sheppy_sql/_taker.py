@@ -14,7 +14,7 @@ from sheppy import BackendError
 from ._database import CANCELLED_PATIENCE
 from ._floors import Floors
 from ._payloads import Payload, decode
-from ._stores import claims as claim_store
+from ._stores import taking as taking_store
 from ._suspects import Choice
 from ._transaction import new_token
 
@@ -91,7 +91,7 @@ class Taker:
     async def take_unseen_suspect(self, queue: str) -> list[Payload] | None:
         """A suspect of which this instance has not heard yet, if it may take one."""
         if not self._is_free or not await self._database.read(
-            "look for tasks", claim_store.has_pending, queue, suspects=True
+            "look for tasks", taking_store.has_pending, queue, suspects=True
         ):
             return None
         # Another pop may have begun meanwhile.
@@ -114,7 +114,7 @@ class Taker:
             token, look = new_token(), self._floors.look(queue)
             claimed = await self.claim_under(
                 token,
-                lambda tx: claim_store.claim(
+                lambda tx: taking_store.claim(
                     tx, queue, limit, self._owner, token, look=look, suspects=suspects
                 ),
                 delay=partial(self._until_there_is_room, queue, limit),
@@ -131,7 +131,7 @@ class Taker:
     async def _is_any_pending(self, queue: str, *, suspects: bool) -> bool:
         look = None if suspects else self._floors.look(queue)
         found = await self._database.read(
-            "look for tasks", claim_store.has_pending, queue, suspects=suspects, look=look
+            "look for tasks", taking_store.has_pending, queue, suspects=suspects, look=look
         )
         if look is not None:
             look.keep()

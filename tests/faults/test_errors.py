@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sheppy_sql import SqlBackend
-from sheppy_sql._stores import claims as claim_store
+from sheppy_sql._stores import taking as taking_store
 from sheppy_sql._transaction import Transaction
 from tests.contract.tasks import finished, ids, make_task, make_tasks
 from tests.faults.cases import CRON, A, B
@@ -310,7 +310,7 @@ async def test_conflict_leaves_no_claim_to_be_looked_for(
     backend = SqlBackend(postgres_database.url)
     await backend.connect()
     await backend.append("q", [{"id": "0", "finished_at": None}])
-    claim, tries = claim_store.claim, 0
+    claim, tries = taking_store.claim, 0
 
     async def conflicting(tx: Transaction, *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
         nonlocal tries
@@ -319,7 +319,7 @@ async def test_conflict_leaves_no_claim_to_be_looked_for(
             await tx.execute(text("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"))
         return await claim(tx, *args, **kwargs)
 
-    monkeypatch.setattr(claim_store, "claim", conflicting)
+    monkeypatch.setattr(taking_store, "claim", conflicting)
     assert len(await backend.pop("q")) == 1
     assert tries == 2
     left = dict(backend._connected.consumer._taker._leftovers._by_token)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import (
@@ -102,9 +102,3 @@ async def rows_of(
     if key not in made:
         made[key] = make(tx, bindparam("of_queue", type_=Text), None)
     return await tx.rows(made[key], {"of_queue": queue, "wanted": list(ids)})
-
-
-def is_under(tx: Transaction, claims: Mapping[str, int]) -> ColumnElement[bool]:
-    """Whether a task, of those whose ids are given, is under the claim whose token is."""
-    # A token is of one instance's pop: a task under it is one that was asked for.
-    return among(tx, tx.tables.tasks.c.claim_token, sorted(set(claims.values())))

@@ -76,7 +76,7 @@ async def change(
     *conditions: ColumnElement[bool],
     **how: Any,
 ) -> set[str]:
-    """Apply an UPDATE or DELETE to the rows that meet the conditions; which those were.
+    """Apply an UPDATE or DELETE to the rows that meet the conditions; the ids of those.
 
     They are locked before, as in `lock`.
     """
@@ -86,23 +86,32 @@ async def change(
         item = _wanted(tx, ids)
         mine = [table.c.queue == queue, key.in_(select(item.c.wanted)), *conditions]
         return {row.id for row in await tx.rows(statement.where(*mine).returning(key.label("id")))}
-    changed, left = set[str](), ids
     columns = [*table.primary_key.columns, table.c.ctid]
-    while left:
-        locking = select(lock(tx, table, columns, queue, left, *conditions, **how))
-        rows = await tx.rows(applied(statement, locking))
-        changed |= {task_id for _, task_id, is_done in rows if is_done}
-        left = [task_id for _, task_id, is_done in rows if not is_done]
-    return changed
+    each = lock(tx, table, columns, queue, ids, *conditions, **how)
+    return {task_id for _, task_id in await apply(tx, statement, select(each))}
 
 
-def applied(statement: Update | Delete, locking: Select[Any]) -> Select[Any]:
-    """The statement that locks rows of a table and then applies another one to them.
+async def apply(
+    tx: Transaction, statement: Update | Delete, locking: Select[Any]
+) -> set[tuple[str, str]]:
+    """Apply an UPDATE or DELETE, in PostgreSQL, to rows that are locked before; their keys.
 
-    `locking` gives their keys and their places on disk. What comes back are the keys, and whether
-    it is done. A row that was written to between the snapshot and its lock is locked in its newest
-    version, which the same snapshot does not show: it has to be done again, by a newer one.
+    `locking` is the SELECT that locks them, and gives their keys and places on disk. The statement
+    may be applied to a row twice.
     """
+    applied = _applied(statement, locking)
+    changed: set[tuple[str, str]] = set()
+    while True:
+        rows = await tx.rows(applied)
+        changed |= {(queue, task_id) for queue, task_id, is_done in rows if is_done}
+        # A row that was written to between the snapshot and its lock is locked in its newest
+        # version, which the same snapshot does not show: a newer one does.
+        if all(row.is_done for row in rows):
+            return changed
+
+
+def _applied(statement: Update | Delete, locking: Select[Any]) -> Select[Any]:
+    """The statement that does so once: the keys of what is locked, and whether it `is_done`."""
     table: Any = statement.table
     keys = list(table.primary_key.columns)
     locked = locking.cte("locked").prefix_with("MATERIALIZED")
