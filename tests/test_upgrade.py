@@ -155,7 +155,7 @@ async def upgraded(database: TestDatabase, **options: Any) -> SqlBackend:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("before", [FIRST, "sheppy_sql_0002"])
+@pytest.mark.parametrize("before", [FIRST, "sheppy_sql_0002", "sheppy_sql_0003"])
 async def test_every_task_of_an_older_release_ends_under_this_one(
     database: TestDatabase, fill: Fill, before: str
 ) -> None:

@@ -24,6 +24,7 @@ from ._errors import (
     LockedError,
     backend_error,
     fault,
+    is_cancellation,
     is_driver_error,
     is_lock_timeout,
     is_starting,
@@ -49,6 +50,12 @@ OUTAGE_PAUSES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Seconds before each further attempt, the last for all that follow.
 
 The first follows at once: it finds another connection where only the pooled one was gone.
+"""
+CANCELLED_EARLY = 1.0
+"""Seconds within which the end of a statement by request may be that by its own lock timeout.
+
+PostgreSQL takes the one for the other where the timeout strikes just as a wait for a lock has ended
+and the next one begins: 3 times in 79,000 on PostgreSQL 15.
 """
 CANCELLED_PATIENCE = 5.0
 """Seconds for which a cancelled caller waits for its transaction to end."""
@@ -280,6 +287,7 @@ class Database:
         conflicts = outages = 0
         gives_up_at = math.inf
         while True:
+            began = self._loop.time()
             try:
                 # A conflict was rolled back: what it tried is certainly not committed.
                 outcome = await attempt(outages > 0)
@@ -290,6 +298,8 @@ class Database:
                     raise LockedError from None
                 now = self._loop.time()
                 kind = fault(error)
+                if not patient and is_cancellation(error) and now - began < CANCELLED_EARLY:
+                    kind = Fault.CONFLICT
                 if kind is Fault.CONFLICT and conflicts < CONFLICT_ATTEMPTS - 1:
                     conflicts += 1
                     pause = CONFLICT_PAUSE * conflicts

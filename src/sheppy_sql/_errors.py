@@ -142,6 +142,11 @@ def is_lock_timeout(error: BaseException) -> bool:
     return _sqlstate(_root(error)) == "55P03"
 
 
+def is_cancellation(error: BaseException) -> bool:
+    """Whether the server has ended a statement that somebody, or a timeout, wanted ended."""
+    return _sqlstate(_root(error)) == "57014"
+
+
 def backend_error(action: str, error: BaseException) -> BackendError:
     """`Failed to <action>: <what the driver said>; <what to do>`, without any payload."""
     root = _root(error)

@@ -100,6 +100,31 @@ async def test_conflicts_are_tried_again(
     assert await backend.get_all_tasks(QUEUE) == []
 
 
+async def test_lock_timeout_that_the_server_calls_a_request_of_the_user_is_tried_again(
+    faults: Faults, make_backend: MakeBackend
+) -> None:
+    """As it does where the timeout strikes just as one wait has ended and the next one begins."""
+    backend = await make_backend()
+    calls: list[tuple[Callable[[], Awaitable[Any]], Any]] = [
+        (lambda: backend.append(QUEUE, [A, B]), [True, True]),
+        (lambda: backend.pop(QUEUE, 5), [A, B]),
+        (lambda: backend.heartbeat(QUEUE, ["task-0"]), None),
+        (lambda: backend.store_result(QUEUE, finished(A)), True),
+        (lambda: backend.acknowledge(QUEUE, ["task-1"]), None),
+    ]
+    for call, expected in calls:
+        await faults.make("sheppy_tasks", "57014", 1, at_commit=False)
+        if expected == [A, B]:  # it waits for no lock, and nobody but a user can have ended it
+            with pytest.raises(BackendError, match="57014"):
+                await call()
+        assert await asyncio.wait_for(call(), PATIENCE) == expected
+        assert await faults.count() > 1
+    # A user who insists is told.
+    await faults.make("sheppy_tasks", "57014", FOR_EVER, at_commit=False)
+    with pytest.raises(BackendError, match="57014"):
+        await asyncio.wait_for(backend.append(QUEUE, [make_task("new")]), PATIENCE)
+
+
 @pytest.mark.parametrize("at_commit", [False, True], ids=["in a statement", "at the commit"])
 async def test_full_disk_is_an_error_after_which_nothing_is_missing_or_doubled(
     at_commit: bool, faults: Faults, make_backend: MakeBackend
