@@ -10,16 +10,22 @@ from sheppy import BackendError
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sheppy_sql import SqlBackend, _finisher
+from sheppy_sql import SqlBackend, _acknowledger, _finisher
 from sheppy_sql._payloads import encode_task
 from sheppy_sql._stores.finishing import Ended, finish_all
-from tests.contract.tasks import FUTURE, MakeBackend, make_task
+from tests.contract.tasks import FUTURE, MakeBackend, finished, make_task
 from tests.support.databases import TestDatabase
 
 QUEUE = "test"
 COUNT = 100
 IDS = [f"task {number:03}" for number in range(COUNT)]
 
+KEEP = [
+    """CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS
+       $$ BEGIN RETURN NULL; END $$""",
+    """CREATE TRIGGER keep BEFORE UPDATE OR DELETE ON sheppy_tasks FOR EACH ROW
+       EXECUTE FUNCTION keep()""",
+]
 REFUSE = {
     "sqlite": [
         """CREATE TRIGGER refuse BEFORE INSERT ON sheppy_results WHEN NEW.id = 'task 042'
@@ -106,6 +112,59 @@ async def test_row_that_somebody_has_locked_holds_up_no_other_acknowledgement(
         await connection.rollback()
         await asyncio.wait_for(held, 20)
     await engine.dispose()
+    await backend.disconnect()
+
+
+async def test_acknowledgement_of_an_old_claim_ends_no_new_one(
+    postgres_database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even together with that of another task, which was taken with the new one."""
+    monkeypatch.setattr(_acknowledger, "LOCK_TIMEOUT", 3600.0)
+    backend, other = (SqlBackend(postgres_database.url) for _ in range(2))
+    await backend.connect()
+    await other.connect()
+    engine = create_async_engine(postgres_database.url)
+    await backend.append(QUEUE, [make_task("held"), make_task("again")])
+    await backend.pop(QUEUE, 2)
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1 FROM sheppy_tasks WHERE id = 'held' FOR UPDATE"))
+        first = asyncio.create_task(backend.acknowledge(QUEUE, ["held"]))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(backend.acknowledge(QUEUE, ["again"]))
+        await asyncio.sleep(0)
+        await other.append(QUEUE, [make_task("again")], unique=False)
+        await other.append(QUEUE, [make_task("new")])
+        taken = await backend.pop(QUEUE, 2)
+        third = asyncio.create_task(backend.acknowledge(QUEUE, ["new"]))
+        await asyncio.sleep(0)
+    await asyncio.wait_for(asyncio.gather(first, second, third), 20)
+    assert [task["id"] for task in taken] == ["again", "new"]
+    await backend.store_result(QUEUE, finished(taken[0]))
+    assert list(await backend.get_results(QUEUE, ["again"])) == ["again"]
+    await engine.dispose()
+    await backend.disconnect()
+    await other.disconnect()
+
+
+async def test_rows_that_a_trigger_keeps_from_changing_are_an_error(
+    postgres_database: TestDatabase,
+) -> None:
+    """And not something to be tried for ever."""
+    backend = SqlBackend(postgres_database.url)
+    await backend.connect()
+    await backend.append(QUEUE, [make_task("a"), make_task("b")])
+    tasks = await backend.pop(QUEUE, 2)
+    for sql in KEEP:
+        await postgres_database.execute(sql)
+    for call in (
+        backend.store_result(QUEUE, finished(tasks[0])),
+        backend.clear(QUEUE),
+        backend.acknowledge(QUEUE, ["b"]),
+    ):
+        with pytest.raises(BackendError, match="trigger or a policy"):
+            await asyncio.wait_for(call, 20)
+    await postgres_database.execute("DROP TRIGGER keep ON sheppy_tasks")
+    assert await backend.clear(QUEUE) == 2
     await backend.disconnect()
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from sheppy import BackendError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -93,8 +94,28 @@ async def test_cancelled_meanwhile_they_are_handed_back(
         popping.cancel()
         await asyncio.wait([popping], timeout=SOON)
         assert popping.cancelled()
+        assert not any(work.done() for work in backend._connected.database._unwanted)
         assert ids(await other.pop(QUEUE, 2)) == ["four", "five"]
     assert await other.get_stats(QUEUE) == {"pending": 0, "completed": 3, "scheduled": 0}
+
+
+async def test_disconnected_meanwhile_they_are_nobodys_who_was_told(
+    backend: SqlBackend, make_backend: MakeBackend, database: TestDatabase
+) -> None:
+    other = await make_backend()
+    async with results_held_up(backend, database):
+        await other.append(QUEUE, [make_task("four")])
+        popping = asyncio.create_task(backend.pop(QUEUE))
+        while await other.size(QUEUE):  # noqa: ASYNC110  # of the server
+            await asyncio.sleep(0.01)
+        taker = backend._connected.consumer._taker
+        leaving = asyncio.create_task(backend.disconnect())
+        while not taker._closed:  # noqa: ASYNC110  # no event tells it
+            await asyncio.sleep(0)
+    with pytest.raises(BackendError, match="disconnected meanwhile"):
+        await asyncio.wait_for(popping, SOON)
+    await asyncio.wait_for(leaving, SOON)
+    assert ids(await other.pop(QUEUE, 5)) == ["four"]
 
 
 async def test_no_longer_than_a_moment(

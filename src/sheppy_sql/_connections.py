@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util.concurrency import greenlet_spawn
 
@@ -88,6 +88,9 @@ class Connections:
         """Where one connection was lost, others may be."""
         kept, self._kept = self._kept, []
         for connection in kept:
+            # Without a word, for which each of them would wait where the way is gone.
+            driver: Any = connection.connection.driver_connection
+            driver.terminate()
             connection.invalidate()
             connection.close()
 

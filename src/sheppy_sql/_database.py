@@ -207,7 +207,8 @@ class Database:
 
     def give_up(self, work: asyncio.Task[Any]) -> None:
         """Have what is under way not be tried again; its caller is gone."""
-        self._unwanted.add(work)
+        if not work.done():
+            self._unwanted.add(work)
 
     async def drain(self) -> None:
         """Wait for the operations under way, cancelled callers' among them.

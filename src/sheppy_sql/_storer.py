@@ -80,8 +80,10 @@ class Storer:
             else:
                 stored = await self._set_aside(queue, row, task, token)
             if not stored and token is not None and await self._has_result(queue, row.id, token):
-                # It has completed in a transaction of its own whose end nobody has heard of.
-                self.completed(queue, row.id, token)
+                # It has completed in a transaction of its own whose end nobody has heard of, or was
+                # stored before a lock ended what it was stored with.
+                self.end_claim(queue, row.id, token)
+                self._wakeups.wake([_wakeups.finished(queue, row.id)])
                 return True
         except BackendError:
             if token is not None:

@@ -32,6 +32,7 @@ GROUND = 0
 """Below every position."""
 MOST_DELAY = 0.05
 """Seconds, for tasks that come while results are stored: longer than that takes, but in trouble."""
+DISCONNECTED = "Failed to take tasks: the backend was disconnected meanwhile"
 STAY_CLAIMED = "Tasks of %s stay claimed for now: %s"
 
 
@@ -73,7 +74,7 @@ class Taker:
         """
         await self._begin()
         if self._closed:
-            raise BackendError("Failed to take tasks: the backend was disconnected meanwhile")
+            raise BackendError(DISCONNECTED)
         choice = self._suspects.choose(
             queue,
             free=self._is_free,
@@ -176,7 +177,9 @@ class Taker:
             self._database.give_up(claim)
             # It may be committed, and nobody will ever hear of it. A task of its own, as
             # whoever cancelled once may do it again.
-            handing_back = asyncio.create_task(self._hand_back_after(claim, token))
+            handing_back = asyncio.create_task(
+                self._hand_back_after(claim, token, lambda: repeated)
+            )
             await asyncio.wait([handing_back], timeout=CANCELLED_PATIENCE)
             raise
         except BackendError:
@@ -185,16 +188,21 @@ class Taker:
         if repeated:
             # An earlier try may be at its COMMIT still.
             self._leftovers.leave(token, kept=[task_id for task_id, _ in claimed], late=True)
+        if self._closed:
+            # Handed back, with all that is held; whoever ran it would run it twice.
+            raise BackendError(DISCONNECTED)
         return claimed
 
-    async def _hand_back_after(self, claim: asyncio.Task[Any], token: int) -> None:
+    async def _hand_back_after(
+        self, claim: asyncio.Task[Any], token: int, is_repeated: Callable[[], bool]
+    ) -> None:
         while not claim.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([claim])
         if self._closed:
             return  # all is handed back
         failed = claim.cancelled() or claim.exception() is not None
-        self._leftovers.leave(token, late=failed)
+        self._leftovers.leave(token, late=failed or is_repeated())
         try:
             await self._leftovers.hand_back_claim(token)
         except BackendError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import asyncpg
 import pytest
@@ -98,9 +99,10 @@ async def test_next_try_may_begin_before_the_last_commit_has_ended(
 
 
 @pytest.mark.torture
+@pytest.mark.parametrize("cancelled", [False, True], ids=["awaited", "cancelled"])
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
 async def test_tasks_that_a_late_commit_took_are_not_stranded(
-    fails: bool, database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
+    fails: bool, cancelled: bool, database: TestDatabase, proxy: Proxy, make_proxied: MakeBackend
 ) -> None:
     """Whatever the call makes of it: its instance lives, and nobody else may take them."""
     backend = await make_proxied(lease=1.0)
@@ -110,8 +112,15 @@ async def test_tasks_that_a_late_commit_took_are_not_stranded(
         loss = proxy.lose_contact("COMMIT", touching=OURS)
         taking = asyncio.ensure_future(backend.pop(QUEUE, 2))
         await asyncio.wait_for(loss.happened.wait(), PATIENCE)
+        if cancelled:
+            taking.cancel()
         await asyncio.wait([taking], timeout=0.5)
-    taken = await asyncio.wait_for(taking, PATIENCE)
+    taken: list[dict[str, Any]] = []
+    if cancelled:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(taking, PATIENCE)
+    else:
+        taken += await asyncio.wait_for(taking, PATIENCE)
     ran: list[str] = []
 
     async def all_ran() -> bool:

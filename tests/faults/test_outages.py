@@ -201,6 +201,25 @@ async def test_calls_wait_for_bytes_to_flow_again(
     await everything.check(answers)
 
 
+async def test_many_connections_that_are_gone_without_a_word_hold_up_no_call_for_long(
+    proxy: Proxy, make_proxied: MakeBackend
+) -> None:
+    """As after a failover, where one of them has noticed and the others have not."""
+    backend = await make_proxied(pool_size=10, notify="off")
+    for _ in range(2):
+        await asyncio.gather(*(backend.append(str(n), [make_task("a")]) for n in range(10)))
+        await asyncio.gather(*(backend.clear(str(n)) for n in range(10)))
+        await asyncio.gather(*(backend.append(str(n), [make_task("b")]) for n in range(10)))
+    proxy.stall_open()
+    kept = backend._connected.database._connections._kept
+    assert len(kept) > 5
+    driver: Any = kept[-1].connection.driver_connection
+    driver._transport.abort()
+    # Each of them would take two seconds.
+    assert await asyncio.wait_for(backend.append(QUEUE, [A]), 8) == [True]
+    proxy.cut()
+
+
 async def test_killed_connections_are_no_callers_concern(
     database: TestDatabase, make_backend: MakeBackend
 ) -> None:

@@ -122,6 +122,12 @@ class Proxy:
         """Let no byte through, in either direction, and close nothing."""
         self._flows.clear()
 
+    def stall_open(self) -> None:
+        """Let no byte through on the connections there are; new ones are as ever."""
+        self._flows.clear()
+        self._flows = asyncio.Event()
+        self._flows.set()
+
     def resume(self) -> None:
         """Let what has been held back go on."""
         self._flows.set()
@@ -186,6 +192,7 @@ class _Link:
         self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self._proxy = proxy
+        self._flows = proxy._flows
         self._client = (reader, writer)
         self._writers = [writer]
         self._prepared: dict[bytes, str] = {}
@@ -239,7 +246,7 @@ class _Link:
         """The first message, which has no type; an offer of encryption before it is declined."""
         reader, writer = self._client
         while True:
-            await self._proxy._flows.wait()
+            await self._flows.wait()
             head = await reader.readexactly(LENGTH.size)
             body = await reader.readexactly(LENGTH.unpack(head)[0] - LENGTH.size)
             if LENGTH.unpack_from(body)[0] not in CODES["encryption"]:
@@ -255,7 +262,7 @@ class _Link:
         """Pass messages on, whole ones only, until the connection ends or one is to be lost."""
         buffer = bytearray()
         while chunk := await reader.read(READ):
-            await self._proxy._flows.wait()
+            await self._flows.wait()
             buffer += chunk
             for kind, body, message in _messages(buffer):
                 loss = look(kind, body)

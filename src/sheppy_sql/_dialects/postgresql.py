@@ -73,12 +73,12 @@ class PostgreSQL(Dialect):
         self._reads_in_transactions = False
         self._is_ours = True
         given = {"timeout": connect_timeout, **target.connect_args}
-        self._statements = poolers.Statements(
-            self._prepared_statements, given, ours_alone=not grows
-        )
+        statements = poolers.Statements(self._prepared_statements, given, ours_alone=not grows)
+        if not grows:
+            self._statements = statements
         engine = create_async_engine(
             target.url,
-            connect_args=self._statements.connect_args,
+            connect_args=statements.connect_args,
             pool_size=pool_size,
             max_overflow=-1 if grows else 0,
             pool_pre_ping=grows,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sheppy import BackendError
 from sqlalchemy import (
     ARRAY,
+    BigInteger,
     Text,
     and_,
     any_,
@@ -16,6 +18,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    tuple_,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +37,21 @@ A worker whose clock is slow would schedule the same run once more.
 """
 
 UNCLAIMED: dict[str, Any] = {"owner": null(), "claim_token": null(), "heartbeat_at": null()}
+
+
+MOST_TRIES = 50
+
+
+def tries() -> Iterator[int]:
+    """Tries at rows that were locked in a version which the snapshot did not show.
+
+    The next snapshot shows them: BackendError after many of those.
+    """
+    yield from range(MOST_TRIES)
+    raise BackendError(
+        "Failed to change tasks that were locked: a trigger or a policy on the tables prevents it; "
+        "have it return the row"
+    )
 
 
 def made_once(tx: Transaction, make: Callable[..., S], *flags: bool) -> S:
@@ -102,3 +120,15 @@ async def rows_of(
     if key not in made:
         made[key] = make(tx, bindparam("of_queue", type_=Text), None)
     return await tx.rows(made[key], {"of_queue": queue, "wanted": list(ids)})
+
+
+def is_under(tx: Transaction, claims: Mapping[str, int]) -> ColumnElement[bool]:
+    """Whether a task is under its own one of the claims, whose tokens are given by id.
+
+    Not under any of them: it may have been taken anew, in the very pop that took another of these.
+    """
+    tasks = tx.tables.tasks
+    pair = tx.dialect.unnest(
+        {"id": (Text(), list(claims)), "claim_token": (BigInteger(), list(claims.values()))}
+    )
+    return tuple_(tasks.c.id, tasks.c.claim_token).in_(select(pair.c.id, pair.c.claim_token))

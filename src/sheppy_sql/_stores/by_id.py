@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ARRAY, Text, and_, any_, func, literal_column, select, true
 
+from ._common import tries
+
 if TYPE_CHECKING:
     from sqlalchemy import (
         CTE,
@@ -101,7 +103,9 @@ async def apply(
     """
     applied = _applied(statement, locking)
     changed: set[tuple[str, str]] = set()
+    numbered = tries()
     while True:
+        next(numbered)
         rows = await tx.rows(applied)
         changed |= {(queue, task_id) for queue, task_id, is_done in rows if is_done}
         # A row that was written to between the snapshot and its lock is locked in its newest

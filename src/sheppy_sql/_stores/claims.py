@@ -10,7 +10,7 @@ from sqlalchemy import literal, null, select, update
 
 from ..schema import CLAIMED, IDLE, PENDING
 from . import by_id
-from ._common import UNCLAIMED, among, limited, milliseconds
+from ._common import UNCLAIMED, among, is_under, limited, milliseconds
 from .floors import own_xid
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ async def renew(
     tasks = tx.tables.tasks
     renewed = update(tasks).values(heartbeat_at=tx.dialect.now())
     # One that an open transaction has locked must not keep all others from being renewed.
-    await by_id.change(tx, renewed, queue, [*claims], _is_under(tx, claims), skip_locked=True)
+    await by_id.change(tx, renewed, queue, [*claims], is_under(tx, claims), skip_locked=True)
 
 
 async def end(tx: Transaction, queue: str, claims: Mapping[str, int], lock_timeout: float) -> None:
@@ -35,7 +35,7 @@ async def end(tx: Transaction, queue: str, claims: Mapping[str, int], lock_timeo
     Fails where a row is locked for longer than `lock_timeout` seconds.
     """
     ended = update(tx.tables.tasks).values(state=IDLE, position=null(), **UNCLAIMED)
-    held = [_is_under(tx, claims), *limited(tx, literal(milliseconds(lock_timeout)))]
+    held = [is_under(tx, claims), *limited(tx, literal(milliseconds(lock_timeout)))]
     await by_id.change(tx, ended, queue, [*claims], *held)
 
 
@@ -103,9 +103,3 @@ def in_order(tx: Transaction) -> list[ColumnElement[str]]:
     """
     tasks = tx.tables.tasks
     return [tasks.c.queue.concat(""), tasks.c.id.concat("")]
-
-
-def _is_under(tx: Transaction, claims: Mapping[str, int]) -> ColumnElement[bool]:
-    """Whether a task, of those whose ids are given, is under the claim whose token is."""
-    # A token is of one instance's pop: a task under it is one that was asked for.
-    return among(tx, tx.tables.tasks.c.claim_token, sorted(set(claims.values())))

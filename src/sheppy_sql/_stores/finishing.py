@@ -17,7 +17,6 @@ from sqlalchemy import (
     null,
     select,
     true,
-    tuple_,
     update,
 )
 
@@ -27,7 +26,7 @@ from . import notifications as notification_store
 from . import results as result_store
 from . import scheduled as schedule_store
 from . import tasks as task_store
-from ._common import UNCLAIMED, among, limited, made_once, milliseconds
+from ._common import UNCLAIMED, among, is_under, limited, made_once, milliseconds, tries
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
@@ -113,16 +112,8 @@ async def _finish_in_two(tx: Transaction, queue: str, ended: Sequence[Ended]) ->
     """The ids of the tasks that were moved to the results."""
     tasks = tx.tables.tasks
     claims = {one.row.id: one.token for one in ended}
-    pair = tx.dialect.unnest(
-        {"id": (Text(), list(claims)), "claim_token": (BigInteger(), list(claims.values()))}
-    )
-    mine = [
-        tasks.c.queue == queue,
-        # By the ids, for the index; and each under its own claim: a task may have been taken
-        # anew in the very pop that took another of these.
-        among(tx, tasks.c.id, list(claims)),
-        tuple_(tasks.c.id, tasks.c.claim_token).in_(select(pair.c.id, pair.c.claim_token)),
-    ]
+    # By the ids as well, for the index.
+    mine = [tasks.c.queue == queue, among(tx, tasks.c.id, list(claims)), is_under(tx, claims)]
     gone = delete(tasks).where(*mine).returning(tasks.c.id, tasks.c.append_token)
     append_tokens = {row.id: row.append_token for row in await tx.rows(gone)}
     moved = [one for one in ended if one.row.id in append_tokens]
@@ -159,7 +150,9 @@ async def _finish_in_one(
     if notice is not None:
         more |= notice._asdict()
     left, stored = ended, set[str]()
+    numbered = tries()
     while left:
+        next(numbered)
         columns = {name: values for name, (_, values) in _columns(left).items()}
         given = {**columns, "ttl": [one.ttl for one in left], **more}
         rows = await tx.rows(statement, given)

@@ -70,9 +70,11 @@ def insert_all(
         "expires_at": expires_at,
     }
     rows = select(*values.values()).select_from(item if source is None else source)
+    # As everybody locks, which a server's own order of texts is not.
+    ordered = item.c.id if tx.dialect.embedded else item.c.id.collate("C")
     # WHERE: or SQLite takes the ON of the conflict for one of a join.
     insertion = tx.dialect.insert(results).from_select(
-        list(values), rows.where(true()).order_by(item.c.id)
+        list(values), rows.where(true()).order_by(ordered)
     )
     changes = {name: insertion.excluded[name] for name in values if name not in {"queue", "id"}}
     return insertion.on_conflict_do_update(

@@ -20,9 +20,7 @@ from sqlalchemy import (
 from ..schema import CLAIMED, PENDING, POSITION_STEP
 from . import by_id, claims, floors
 from . import consumers as consumer_store
-from ._common import (
-    made_once,
-)
+from ._common import made_once, tries
 from .floors import Line
 
 if TYPE_CHECKING:
@@ -141,7 +139,9 @@ async def _claim_above(
     tx: Transaction, queue: str, limit: int, owner: str, token: int, look: Look[int]
 ) -> list[tuple[str, str]]:
     """`claim` from the floor on: one statement, which sees the next floor as well."""
+    numbered = tries()
     while True:
+        next(numbered)
         floor = look.begin(tx.connection)
         rows = await tx.rows(
             made_once(tx, _claiming_above, bool(floor.running)),
