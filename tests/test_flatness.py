@@ -20,8 +20,9 @@ from tests.support.databases import TestDatabase
 
 MILLION = 1_000_000
 DEAD = 100_000
+ROUNDS = 24
 GONE = 20_000
-LIVE = 5_000
+LIVE = 10_000
 LONG_AGO = datetime(2000, 1, 1, tzinfo=timezone.utc)
 SOMETIME = datetime(2100, 1, 1, tzinfo=timezone.utc)
 FEW = 300
@@ -229,11 +230,12 @@ async def test_tasks_are_found_by_id_without_reading_the_queue_whatever_statisti
     entries = read.format(column="idx_tup_read", view="pg_stat_user_indexes")
     rows = read.format(column="seq_tup_read", view="pg_stat_user_tables")
     [(before,)] = await database.fetch(f"SELECT ({entries}) + ({rows})")
-    for _ in range(24):
+    for _ in range(ROUNDS):
         tasks = await backend.pop("q", 10)
         assert len(tasks) == 10
         await BY_ID[call](backend, tasks)
     await backend.disconnect()  # which tells the statistics
     [(after,)] = await database.fetch(f"SELECT ({entries}) + ({rows})")
-    # What is gone was read once, by the first look.
-    assert after - before < 2 * GONE
+    # What is gone was read a few times: by the first look, and, if the server tells it late, as it
+    # was deleted.
+    assert after - before < 5 * GONE < ROUNDS * LIVE / 2
