@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from sheppy_sql import SqlBackend
 from sheppy_sql._stores import tasks as task_store
@@ -62,65 +64,55 @@ async def test_large_ones_go_in_as_many_statements_as_they_need(
     assert await backend.pop(QUEUE, MANY) == tasks
 
 
-async def hold_an_id(engine: AsyncEngine) -> Any:
-    """A connection with a transaction that has stored one of the last ids, and goes on."""
-    connection = await engine.connect()
-    held = text(
-        "INSERT INTO sheppy_tasks (queue, id, payload, state) VALUES (:queue, :id, '{}', 'idle')"
-    )
-    await connection.execute(held, {"queue": QUEUE, "id": LATE})
-    return connection
-
-
+HELD = text(
+    "INSERT INTO sheppy_tasks (queue, id, payload, state) VALUES (:queue, :id, '{}', 'idle')"
+)
 WAITING = (
     "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
     " AND wait_event_type = 'Lock' AND query LIKE '%sheppy_tasks%'"
 )
 
 
-async def begin_and_wait_for_a_lock(
+@asynccontextmanager
+async def held_up(
     backend: SqlBackend, database: TestDatabase
-) -> tuple[asyncio.Task[list[bool]], int]:
-    """A call that has stored most of its tasks, and the server's process that it waits in."""
-    call = asyncio.create_task(backend.append(QUEUE, many()))
-    found: list[Any] = []
+) -> AsyncIterator[tuple[asyncio.Task[list[bool]], int]]:
+    """A call that waits for one of its last ids until the block ends, and its server process."""
+    engine = create_async_engine(database.url)
+    async with engine.connect() as holder:
+        await holder.execute(HELD, {"queue": QUEUE, "id": LATE})
+        call = asyncio.create_task(backend.append(QUEUE, many()))
+        found: list[Any] = []
 
-    async def waits() -> bool:
-        found[:] = await database.fetch(WAITING)
-        return bool(found)
+        async def waits() -> bool:
+            found[:] = await database.fetch(WAITING)
+            return bool(found)
 
-    await until(waits, "no append waits for a lock", timeout=PATIENCE)
-    return call, found[0][0]
+        await until(waits, "no append waits for a lock", timeout=PATIENCE)
+        yield call, found[0][0]
+    await engine.dispose()
 
 
 async def test_all_are_stored_once_though_the_connection_is_lost_on_the_way(
     postgres_database: TestDatabase,
 ) -> None:
-    engine, backend = create_async_engine(postgres_database.url), SqlBackend(postgres_database.url)
+    backend = SqlBackend(postgres_database.url)
     await backend.connect()
-    holder = await hold_an_id(engine)
-    call, process = await begin_and_wait_for_a_lock(backend, postgres_database)
-    await postgres_database.fetch(f"SELECT pg_terminate_backend({process})")
-    await holder.rollback()
+    async with held_up(backend, postgres_database) as (call, process):
+        await postgres_database.fetch(f"SELECT pg_terminate_backend({process})")
     assert await asyncio.wait_for(call, PATIENCE) == [True] * MANY
     assert ids(await backend.pop(QUEUE, 2 * MANY)) == IDS
-    await holder.close()
     await backend.disconnect()
-    await engine.dispose()
 
 
 async def test_all_or_none_are_stored_where_the_caller_is_cancelled(
     postgres_database: TestDatabase,
 ) -> None:
-    engine, backend = create_async_engine(postgres_database.url), SqlBackend(postgres_database.url)
+    backend = SqlBackend(postgres_database.url)
     await backend.connect()
-    holder = await hold_an_id(engine)
-    call, _ = await begin_and_wait_for_a_lock(backend, postgres_database)
-    call.cancel()
-    await holder.rollback()
+    async with held_up(backend, postgres_database) as (call, _):
+        call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(call, PATIENCE)
     assert await backend.size(QUEUE) == MANY
-    await holder.close()
     await backend.disconnect()
-    await engine.dispose()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ARRAY, Text, and_, any_, func, literal_column, select, true
 
-from ._common import tries
+from ._common import among, tries
 
 if TYPE_CHECKING:
     from sqlalchemy import (
@@ -85,8 +85,7 @@ async def change(
     table: Any = statement.table
     key = _key(table)
     if tx.dialect.embedded:
-        item = _wanted(tx, ids)
-        mine = [table.c.queue == queue, key.in_(select(item.c.wanted)), *conditions]
+        mine = [table.c.queue == queue, among(tx, key, ids), *conditions]
         return {row.id for row in await tx.rows(statement.where(*mine).returning(key.label("id")))}
     columns = [*table.primary_key.columns, table.c.ctid]
     each = lock(tx, table, columns, queue, ids, *conditions, **how)
@@ -150,15 +149,12 @@ def _searched(
     fence: Callable[[Select[Any]], Select[Any]],
 ) -> Subquery:
     """Those of the rows whose ids are wanted, searched for with the fence around each search."""
-    item, key = _wanted(tx, ids), _key(table)
+    key = _key(table)
     if tx.dialect.embedded:
-        return rows.where(key.in_(select(item.c.wanted))).subquery("found")
+        return rows.where(among(tx, key, ids or ())).subquery("found")
+    item = tx.dialect.unnest({"wanted": (Text(), ids)})
     each = fence(rows.where(key == item.c.wanted)).lateral("each")
     return select(each).select_from(item.join(each, true())).subquery("found")
-
-
-def _wanted(tx: Transaction, ids: Sequence[str] | None) -> FromClause:
-    return tx.dialect.unnest({"wanted": (Text(), ids)})
 
 
 def _key(table: Table) -> Column[str]:

@@ -9,7 +9,6 @@ from sqlalchemy import Text, case, delete, func, insert, literal, select, union_
 
 from ..schema import NEVER, UNFINISHED
 from . import by_id
-from ._common import among
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -60,13 +59,13 @@ async def put(
 
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
     """Payloads of those that exist, by id."""
-    rows = await tx.rows(_among(tx, queue, ids))
+    rows = await tx.rows(_find(tx, queue, ids))
     return {row.id: row.payload for row in rows}
 
 
 async def get_finished(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
     """Payloads of those that have finished, by id."""
-    rows = await tx.rows(_among(tx, queue, ids).where(tx.tables.workflows.c.finished))
+    rows = await tx.rows(_find(tx, queue, ids, tx.tables.workflows.c.finished))
     return {row.id: row.payload for row in rows}
 
 
@@ -184,8 +183,9 @@ async def _stop_waiting(tx: Transaction, queue: str, workflow_id: str) -> None:
     )
 
 
-def _among(tx: Transaction, queue: str, ids: Sequence[str]) -> Select[tuple[str, str]]:
+def _find(
+    tx: Transaction, queue: str, ids: Sequence[str], *conditions: ColumnElement[bool]
+) -> Select[tuple[str, str]]:
     workflows = tx.tables.workflows
-    return select(workflows.c.id, workflows.c.payload).where(
-        workflows.c.queue == queue, among(tx, workflows.c.id, ids)
-    )
+    columns = [workflows.c.id, workflows.c.payload]
+    return select(by_id.find(tx, workflows, columns, queue, ids, *conditions))
