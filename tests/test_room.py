@@ -94,7 +94,7 @@ async def test_cancelled_meanwhile_they_are_handed_back(
         popping.cancel()
         await asyncio.wait([popping], timeout=SOON)
         assert popping.cancelled()
-        assert not any(work.done() for work in backend._connected.database._unwanted)
+        assert not any(work.done() for work in backend._connected.database._attempts._unwanted)
         assert ids(await other.pop(QUEUE, 2)) == ["four", "five"]
     assert await other.get_stats(QUEUE) == {"pending": 0, "completed": 3, "scheduled": 0}
 

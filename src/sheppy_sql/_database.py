@@ -1,12 +1,10 @@
-"""A connection to one installation: the only place that begins, commits and retries."""
+"""A connection to one installation: the only place that begins and commits."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
-import random
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -18,20 +16,10 @@ from sqlalchemy.pool import StaticPool
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from . import _engines
+from ._attempts import Attempts
 from ._connections import Connections
-from ._errors import (
-    Fault,
-    LockedError,
-    backend_error,
-    fault,
-    is_cancellation,
-    is_driver_error,
-    is_lock_timeout,
-    is_starting,
-)
 from ._transaction import OwnTransaction, Transaction, run
 from ._turns import locked_file, turn_of
-from ._waiting import sleep_until
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -44,19 +32,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CONFLICT_ATTEMPTS = 20
-CONFLICT_PAUSE = 0.005  # seconds; grows with every attempt
-OUTAGE_PAUSES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Seconds before each further attempt, the last for all that follow.
-
-The first follows at once: it finds another connection where only the pooled one was gone.
-"""
-CANCELLED_EARLY = 1.0
-"""Seconds within which the end of a statement by request may be that by its own lock timeout.
-
-PostgreSQL takes the one for the other where the timeout strikes just as a wait for a lock has ended
-and the next one begins: 3 times in 79,000 on PostgreSQL 15.
-"""
 CANCELLED_PATIENCE = 5.0
 """Seconds for which a cancelled caller waits for its transaction to end."""
 
@@ -83,15 +58,11 @@ class Database:
         self._connections = Connections(engine, keeps=is_ours and not dialect.embedded)
         self.tables = tables
         self.dialect = dialect
-        self._outage_grace = outage_grace
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
+        self._attempts = Attempts(self._loop, outage_grace, reached=reached)
         self._running: set[asyncio.Task[Any]] = set()
-        self._unwanted: set[asyncio.Task[Any]] = set()
-        self._out_until = self._loop.time()
-        self._reached = reached
         self._closed = False
-        self._leaving = asyncio.Event()
         # Waiting here is fair, waiting for SQLite's own lock is not.
         one_at_a_time = turn_of(engine, self._loop)
         at_will = contextlib.nullcontext()
@@ -115,7 +86,7 @@ class Database:
     @property
     def reached_for(self) -> float:
         """Seconds since when it has been known to be there without an outage."""
-        return self._loop.time() - self._out_until
+        return self._attempts.reached_for
 
     @property
     def is_usable(self) -> bool:
@@ -207,15 +178,14 @@ class Database:
 
     def give_up(self, work: asyncio.Task[Any]) -> None:
         """Have what is under way not be tried again; its caller is gone."""
-        if not work.done():
-            self._unwanted.add(work)
+        self._attempts.give_up(work)
 
     async def drain(self) -> None:
         """Wait for the operations under way, cancelled callers' among them.
 
         None of them is tried again meanwhile.
         """
-        self._leaving.set()
+        self._attempts.leave()
         while self._running:
             await asyncio.wait(self._running)
 
@@ -258,7 +228,7 @@ class Database:
         if self._closed:
             raise BackendError(f"Failed to {action}: the backend was disconnected meanwhile")
         # A task of its own: a cancelled caller must not cut a commit in half.
-        work = self._retry(action, attempt, patient=patient)
+        work = self._attempts.repeat(action, attempt, patient=patient)
         return self.track(work if ended is None else _telling(work, ended))
 
     def _close_unwanted(self, opening: asyncio.Task[AsyncConnection]) -> None:
@@ -276,65 +246,10 @@ class Database:
 
     def _forget(self, work: asyncio.Task[Any]) -> None:
         self._running.discard(work)
-        self._unwanted.discard(work)
+        self._attempts.forget(work)
         # Nobody may be left to hear of it.
         if not work.cancelled():
             work.exception()
-
-    async def _retry(
-        self, action: str, attempt: Callable[[bool], Awaitable[T]], *, patient: bool
-    ) -> T:
-        """The only place that sees a driver's error."""
-        conflicts = outages = 0
-        gives_up_at = math.inf
-        while True:
-            began = self._loop.time()
-            try:
-                # A conflict was rolled back: what it tried is certainly not committed.
-                outcome = await attempt(outages > 0)
-            except Exception as error:
-                if not is_driver_error(error):
-                    raise
-                if not patient and is_lock_timeout(error):
-                    raise LockedError from None
-                now = self._loop.time()
-                kind = fault(error)
-                if not patient and is_cancellation(error) and now - began < CANCELLED_EARLY:
-                    kind = Fault.CONFLICT
-                if kind is Fault.CONFLICT and conflicts < CONFLICT_ATTEMPTS - 1:
-                    conflicts += 1
-                    pause = CONFLICT_PAUSE * conflicts
-                elif (
-                    kind is Fault.OUTAGE
-                    and now < gives_up_at
-                    and self._rides_out(error, first=not outages)
-                ):
-                    # Counted from the first one: before, all was well.
-                    gives_up_at = min(gives_up_at, now + self._outage_grace)
-                    pause = OUTAGE_PAUSES[min(outages, len(OUTAGE_PAUSES) - 1)]
-                    outages += 1
-                    if outages > 1:  # else it was no more than a connection that had died
-                        self._out_until = now
-                else:
-                    # From None: what SQLAlchemy and the driver say may quote payloads.
-                    raise backend_error(action, error) from None
-            else:
-                self._reached = True
-                if outages > 1:
-                    self._out_until = self._loop.time()
-                return outcome
-            await sleep_until(self._leaving, pause * random.uniform(0.5, 1.5))  # noqa: S311
-
-    def _rides_out(self, error: Exception, *, first: bool) -> bool:
-        """Whether it is worth while to wait for the end of an outage.
-
-        Once always: it may be no more than a connection that died in the pool.
-        """
-        unwanted = self._leaving.is_set() or asyncio.current_task() in self._unwanted
-        if unwanted and not first:
-            return False
-        # Nobody has got through yet: it may as well be the wrong address.
-        return self._reached or is_starting(error)
 
     def _attempt(
         self,
