@@ -46,7 +46,10 @@ class Faults:
     def __init__(self, database: TestDatabase) -> None:
         self._database = database
 
-    async def make(self, table: str, sqlstate: str, times: int, *, at_commit: bool) -> None:
+    async def make(
+        self, table: str, sqlstate: str, times: int, *, at_commit: bool, after: float = 0.0
+    ) -> None:
+        """`after`: seconds, for each row."""
         when = "DEFERRED" if at_commit else "IMMEDIATE"
         for sql in (
             "CREATE SEQUENCE IF NOT EXISTS faults",
@@ -54,6 +57,7 @@ class Faults:
             f"""CREATE OR REPLACE FUNCTION fault() RETURNS trigger LANGUAGE plpgsql AS $$
                 BEGIN
                     IF nextval('faults') <= {times} THEN
+                        PERFORM pg_sleep({after});
                         RAISE EXCEPTION 'injected' USING ERRCODE = '{sqlstate}';
                     END IF;
                     RETURN NULL;
@@ -123,6 +127,11 @@ async def test_lock_timeout_that_the_server_calls_a_request_of_the_user_is_tried
     await faults.make("sheppy_tasks", "57014", FOR_EVER, at_commit=False)
     with pytest.raises(BackendError, match="57014"):
         await asyncio.wait_for(backend.append(QUEUE, [make_task("new")]), PATIENCE)
+    # So is one who ends what no lock timeout can have ended so late.
+    await faults.make("sheppy_tasks", "57014", FOR_EVER, at_commit=False, after=1.2)
+    with pytest.raises(BackendError, match="57014"):
+        await asyncio.wait_for(backend.append(QUEUE, [make_task("new")]), PATIENCE)
+    assert await faults.count() == 1
 
 
 @pytest.mark.parametrize("at_commit", [False, True], ids=["in a statement", "at the commit"])
