@@ -396,10 +396,18 @@ async def test_an_event_loop_that_ends_within_a_write_leaves_the_file_unlocked(
 ) -> None:
     """SQLite keeps a closed connection's transaction open for as long as a cursor is unfinished."""
     path = str(make_url(sqlite_database.url).database)
-    fetch = aiosqlite.Cursor.fetchall
+    # The one is the way of our own engines, the other that of SQLAlchemy.
+    execute, fetch = aiosqlite.Connection.execute_fetchall, aiosqlite.Cursor.fetchall
 
     async def run() -> None:
         stuck = asyncio.Event()
+
+        async def execute_and_stay(connection: aiosqlite.Connection, *args: Any) -> Any:
+            rows = await execute(connection, *args)
+            if connection.in_transaction and "INSERT" in args[0]:
+                stuck.set()
+                await asyncio.sleep(PATIENCE)
+            return rows
 
         async def fetch_or_stay(cursor: aiosqlite.Cursor) -> Any:
             if cursor._conn.in_transaction:
@@ -411,6 +419,7 @@ async def test_an_event_loop_that_ends_within_a_write_leaves_the_file_unlocked(
             create_async_engine(sqlite_database.url) if own_engine else sqlite_database.url
         )
         await backend.connect()
+        monkeypatch.setattr(aiosqlite.Connection, "execute_fetchall", execute_and_stay)
         monkeypatch.setattr(aiosqlite.Cursor, "fetchall", fetch_or_stay)
         appending.append(asyncio.create_task(backend.append(QUEUE, [make_task()])))
         await stuck.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -201,8 +201,8 @@ class SqlalchemyLink(Link):
     def database(self) -> Hashable | None:
         return self._raw.database
 
-    def execute(self, statement: Executable) -> Result:
-        return self._connection.execute(statement, execution_options=AS_WRITTEN)
+    def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Result:
+        return self._connection.execute(statement, parameters, execution_options=AS_WRITTEN)
 
     def command(self, sql: str) -> None:
         self._raw.command(sql)

@@ -90,7 +90,8 @@ class Connections:
         for connection in kept:
             # Without a word, for which each of them would wait where the way is gone.
             driver: Any = connection.connection.driver_connection
-            driver.terminate()
+            if hasattr(driver, "terminate"):  # a file's has no way to anywhere
+                driver.terminate()
             connection.invalidate()
             connection.close()
 

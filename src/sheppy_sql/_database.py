@@ -55,7 +55,7 @@ class Database:
     ) -> None:
         """`is_ours`: nobody else takes connections from the engine."""
         self.engine = engine
-        self._connections = Connections(engine, keeps=is_ours and not dialect.embedded)
+        self._connections = Connections(engine, keeps=is_ours and not self.has_one_connection)
         self.tables = tables
         self.dialect = dialect
         self._pid = os.getpid()
@@ -290,8 +290,7 @@ class Database:
                 self.tables,
                 self.dialect,
                 repeated,
-                # Where there is a transaction, SQLAlchemy begins it with its first statement.
-                statement_name=None if commits else self.dialect.statement_name,
+                fetch=self.dialect.fetcher(in_transaction=commits),
             )
             outcome = run(operation(transaction))
             if commits:

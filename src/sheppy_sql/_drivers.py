@@ -10,18 +10,18 @@ from __future__ import annotations
 import sqlite3
 import sys
 from abc import ABC, abstractmethod
-from collections import namedtuple
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import psycopg as postgresql
 
+from ._prepared import prepare, row_type
+
 if TYPE_CHECKING:
-    from sqlalchemy import ClauseElement, Executable
+    from sqlalchemy import Executable
     from sqlalchemy.engine import Dialect
-    from sqlalchemy.sql.compiler import SQLCompiler
 
     from ._transaction import Result
 
@@ -65,8 +65,8 @@ class Link(ABC):
         """What tells the database from others of this process; None where nothing does."""
 
     @abstractmethod
-    def execute(self, statement: Executable) -> Result:
-        """Carry out a statement."""
+    def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Result:
+        """Carry out a statement; `parameters` are of one that is made once."""
 
     @abstractmethod
     def command(self, sql: str) -> None:
@@ -85,9 +85,16 @@ class RawLink(Link):
     def __init__(self, raw: Any) -> None:
         self._raw = raw
 
-    def execute(self, statement: Executable) -> Result:
-        sql, parameters = _compile(statement, self._dialect)
-        return self._run(sql, parameters)
+    def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Result:
+        if parameters is None:
+            prepared = prepare(statement, self._dialect)
+        else:
+            prepared = _prepared_once(statement, self._dialect)
+        values = prepared.values(parameters or {})
+        if self._dialect.positional:
+            return self._run(prepared.sql, values)
+        names = (parameter.name for parameter in prepared.parameters)
+        return self._run(prepared.sql, dict(zip(names, values, strict=True)))
 
     def command(self, sql: str) -> None:
         self._run(sql, None)
@@ -197,8 +204,8 @@ class Fetched:
     def __init__(self, cursor: Any) -> None:
         self._rows: list[Any] = []
         if cursor.description is not None:
-            row_type = _row_type(tuple(column[0] for column in cursor.description))
-            self._rows = [row_type(*map(_text, row)) for row in cursor.fetchall()]
+            make = row_type(tuple(column[0] for column in cursor.description))
+            self._rows = [make(*map(_text, row)) for row in cursor.fetchall()]
         self.rowcount: int = cursor.rowcount
 
     def all(self) -> Sequence[Any]:
@@ -223,21 +230,7 @@ def link_to(raw: object) -> RawLink | None:
     return None
 
 
-def _compile(statement: Executable, dialect: Dialect) -> tuple[str, Any]:
-    """The statement as it goes to a cursor."""
-    compiled = cast("SQLCompiler", cast("ClauseElement", statement).compile(dialect=dialect))
-    values = {}
-    for name, value in compiled.params.items():
-        process = compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect)
-        values[name] = value if process is None else process(value)
-    if compiled.positiontup is None:
-        return compiled.string, values
-    return compiled.string, [values[name] for name in compiled.positiontup]
-
-
-@lru_cache(maxsize=100)
-def _row_type(names: tuple[str, ...]) -> Callable[..., Any]:
-    return namedtuple("Row", names, rename=True)  # the names come at run time
+_prepared_once = lru_cache(maxsize=100)(prepare)
 
 
 def _text(value: Any) -> Any:

@@ -1,18 +1,20 @@
-"""Statements that are carried out again and again, on the driver's own connection.
+"""Statements as a driver takes them, for its own connection.
 
-SQLAlchemy compiles each of them once. To execute it through SQLAlchemy as well costs this process
-more than all that the driver does, each time.
+SQLAlchemy compiles what is carried out again and again once. To execute it through SQLAlchemy as
+well costs this process more than all that the driver does, each time.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import namedtuple
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
-import asyncpg
 from sqlalchemy import ARRAY
+from sqlalchemy.sql.selectable import ReturnsRows
 from sqlalchemy.util.concurrency import await_
 
 if TYPE_CHECKING:
@@ -22,49 +24,41 @@ if TYPE_CHECKING:
     from sqlalchemy.types import TypeEngine
 
 
-class Row(asyncpg.Record):  # type: ignore[misc]  # the driver is not typed
-    """One with its columns as attributes, like a row of SQLAlchemy's."""
-
-    __slots__ = ()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """One of a statement's, in the place that it has there."""
 
     name: str
     default: Any
+    make: Callable[[], Any] | None
+    """What gives the default anew each time."""
     process: Callable[[Any], Any] | None
     """What makes the driver's value of it."""
 
     def value(self, given: Mapping[str, Any]) -> Any:
-        value = given.get(self.name, self.default)
+        if self.name in given:
+            value = given[self.name]
+        else:
+            value = self.default if self.make is None else self.make()
         return value if self.process is None else self.process(value)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A statement as the driver takes it."""
+    """One of them."""
 
     sql: str
     parameters: Sequence[Parameter]
+    columns: tuple[str, ...]
+    """The names of those of its rows."""
 
     def fetch(
-        self, connection: Connection, given: Mapping[str, Any], name: Callable[[], str]
+        self, connection: Connection, given: Mapping[str, Any], fetch: Fetch
     ) -> Sequence[Any]:
-        """The rows for the parameters, in a greenlet, with no transaction around it.
-
-        `name` names the statement where the connection does not have it yet.
-        """
-        values = [parameter.value(given) for parameter in self.parameters]
+        """The rows for the parameters, in a greenlet, as the driver gives them."""
+        values = self.values(given)
         try:
-            rows: Sequence[Any] = await_(self._fetch(connection, values, name))
+            rows: Sequence[Any] = await_(fetch(connection, self, values))
         except Exception:
             raise
         except BaseException:
@@ -73,15 +67,13 @@ class Prepared:
             raise
         return rows
 
-    async def _fetch(
-        self, connection: Connection, values: Sequence[Any], name: Callable[[], str]
-    ) -> Any:
-        # SQLAlchemy keeps this as long as the driver's connection lives.
-        statements = connection.info
-        if self not in statements:
-            driver: Any = connection.connection.driver_connection
-            statements[self] = await driver.prepare(self.sql, name=name(), record_class=Row)
-        return await statements[self].fetch(*values)
+    def values(self, given: Mapping[str, Any]) -> list[Any]:
+        """Of the parameters, in their order."""
+        return [parameter.value(given) for parameter in self.parameters]
+
+
+Fetch = Callable[["Connection", Prepared, Sequence[Any]], Awaitable[Sequence[Any]]]
+"""How a driver carries out a statement on its own connection: the rows for the values."""
 
 
 def is_watched(connection: Connection) -> bool:
@@ -101,10 +93,18 @@ def prepare(statement: Executable, dialect: Dialect) -> Prepared:
     """A statement, compiled."""
     compiled = cast("SQLCompiler", cast("ClauseElement", statement).compile(dialect=dialect))
     parameters = []
-    for name in compiled.positiontup or ():
-        process = _processor(compiled.binds[name].type, dialect)
-        parameters.append(Parameter(name, compiled.params[name], process))
-    return Prepared(compiled.string, parameters)
+    for name in compiled.binds if compiled.positiontup is None else compiled.positiontup:
+        bind = compiled.binds[name]
+        process = _processor(bind.type, dialect)
+        parameters.append(Parameter(name, bind.value, bind.callable, process))
+    returns = statement.exported_columns.keys() if isinstance(statement, ReturnsRows) else ()
+    return Prepared(compiled.string, parameters, tuple(returns))
+
+
+@lru_cache(maxsize=100)
+def row_type(columns: tuple[str, ...]) -> Callable[..., Any]:
+    """What makes a row, with its columns as attributes, of their values."""
+    return namedtuple("Row", columns, rename=True)  # the names come at run time
 
 
 def _processor(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:

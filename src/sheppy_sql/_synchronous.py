@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from sheppy import BackendError
-from sqlalchemy import ClauseElement, func, select
+from sqlalchemy import func, select
 
 from . import _waiting, _wakeups
 from ._callers import caller_of, give_up
@@ -67,9 +67,7 @@ class SynchronousTransaction(Transaction):
     async def execute(
         self, statement: Executable, parameters: Mapping[str, Any] | None = None
     ) -> Result:
-        if parameters and isinstance(statement, ClauseElement):
-            statement = statement.params(parameters)
-        return self.connection.execute(statement)
+        return self.connection.execute(statement, parameters)
 
 
 class SynchronousDatabase:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from ._dialects import Dialect
-    from ._prepared import Prepared
+    from ._prepared import Fetch, Prepared
     from .schema import Tables
 
 P = ParamSpec("P")
@@ -89,19 +89,19 @@ class OwnTransaction(Transaction):
     """
 
     connection: Connection  # type: ignore[assignment]  # the stores see no more than `execute`
-    statement_name: Callable[[], str] | None = None
-    """Of the next statement that is to be kept on the connection; None where none may be."""
+    fetch: Fetch | None = None
+    """How statements that are made once are carried out; None where SQLAlchemy is to do it."""
 
     async def rows(
         self, statement: Executable, parameters: Mapping[str, Any] | None = None
     ) -> Sequence[Any]:
-        if parameters is None or self.statement_name is None or is_watched(self.connection):
+        if parameters is None or self.fetch is None or is_watched(self.connection):
             return self.connection.execute(statement, parameters).all()
         made = self.tables.made
         if statement not in made:
             made[statement] = prepare(statement, self.connection.dialect)
         prepared: Prepared = made[statement]
-        return prepared.fetch(self.connection, parameters, self.statement_name)
+        return prepared.fetch(self.connection, parameters, self.fetch)
 
     async def execute(
         self, statement: Executable, parameters: Mapping[str, Any] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.types import TypeEngine
 
+    from .._prepared import Fetch
     from .._urls import Target
 
     Columns = Mapping[str, tuple[TypeEngine[Any], Sequence[Any] | None]]
@@ -34,7 +35,7 @@ class Listener(Protocol):
 
 
 class Dialect(ABC):
-    """Twelve differences between PostgreSQL and SQLite."""
+    """Thirteen differences between PostgreSQL and SQLite."""
 
     embedded: ClassVar[bool]
     """A file of this machine: one transaction writes at a time, and nobody deploys its tables."""
@@ -69,12 +70,11 @@ class Dialect(ABC):
         anything to commit in the end.
         """
 
-    @property
     @abstractmethod
-    def statement_name(self) -> Callable[[], str] | None:
-        """What names a statement that the driver is to keep on a connection of our own.
+    def fetcher(self, *, in_transaction: bool) -> Fetch | None:
+        """How the driver carries out statements on a connection of our own, past SQLAlchemy.
 
-        None where the driver is not asked to, or a pooler changes what is behind a connection.
+        None where that is not to be done. `in_transaction`: one that `begin` has begun.
         """
 
     @abstractmethod
@@ -100,8 +100,12 @@ class Dialect(ABC):
     def unnest(self, columns: Columns) -> FromClause:
         """Rows from lists, in one parameter a column, with `ordinal` counting from 1.
 
-        On a server a list may be None: it is then given as the parameter of the column's name.
+        All lists may be None: they are then given by the parameters that `lists` makes of them.
         """
+
+    @abstractmethod
+    def lists(self, columns: Columns) -> dict[str, Any]:
+        """The parameters of what `unnest` has made of these columns without their lists."""
 
     @abstractmethod
     def insert(self, table: Table) -> PostgreSQLInsert | SQLiteInsert:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 from sheppy import BackendError
 from sqlalchemy import (
     ARRAY,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects.postgresql import Insert
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+    from .._prepared import Fetch, Prepared
     from .._urls import Target
     from .base import Columns, Listener
 
@@ -148,10 +151,13 @@ class PostgreSQL(Dialect):
             )
         return commits
 
-    @property
-    def statement_name(self) -> Callable[[], str] | None:
+    def fetcher(self, *, in_transaction: bool) -> Fetch | None:
         statements = self._statements
-        return statements.name if statements is not None and statements.kept else None
+        # SQLAlchemy begins a transaction with its first statement, and a pooler changes what is
+        # behind a connection.
+        if statements is None or not statements.kept or in_transaction:
+            return None
+        return partial(_fetch, statements.name)
 
     async def lend(self, connection: AsyncConnection) -> None:
         await connection.execution_options(isolation_level="READ COMMITTED")
@@ -187,7 +193,7 @@ class PostgreSQL(Dialect):
 
     def unnest(self, columns: Columns) -> FromClause:
         arrays = [
-            bindparam(name, type_=ARRAY(type_))
+            bindparam(_list_of(name), type_=ARRAY(type_))
             if values is None
             else bindparam(None, list(values), type_=ARRAY(type_))
             for name, (type_, values) in columns.items()
@@ -198,6 +204,9 @@ class PostgreSQL(Dialect):
             .table_valued(*names, with_ordinality="ordinal", name="item")
             .render_derived()
         )
+
+    def lists(self, columns: Columns) -> dict[str, Any]:
+        return {_list_of(name): values for name, (_, values) in columns.items()}
 
     def insert(self, table: Table) -> Insert:
         return insert(table)
@@ -213,6 +222,35 @@ class PostgreSQL(Dialect):
                 f"statements; make it with {poolers.SETTINGS}, or say prepared_statements=True if "
                 "the pooler keeps them"
             )
+
+
+class Row(asyncpg.Record):  # type: ignore[misc]  # the driver is not typed
+    """One with its columns as attributes, like a row of SQLAlchemy's."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+async def _fetch(
+    name: Callable[[], str], connection: Connection, statement: Prepared, values: Sequence[Any]
+) -> Any:
+    """`name` names the statement where the connection does not have it yet."""
+    # SQLAlchemy keeps this as long as the driver's connection lives.
+    statements = connection.info
+    if statement not in statements:
+        driver: Any = connection.connection.driver_connection
+        statements[statement] = await driver.prepare(statement.sql, name=name(), record_class=Row)
+    return await statements[statement].fetch(*values)
+
+
+def _list_of(name: str) -> str:
+    # Not the column's own name, which SQLAlchemy takes for a value that is to be inserted.
+    return f"all_{name}"
 
 
 def _keep_alive(connection: Any, _record: Any) -> None:

@@ -6,17 +6,21 @@ import asyncio
 import contextlib
 import json
 import sqlite3
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
+from functools import partial
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 from sheppy import BackendError
-from sqlalchemy import ColumnElement, event, func, literal, select
+from sqlalchemy import ColumnElement, Text, bindparam, event, func, literal, select
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
-from sqlalchemy.util.concurrency import in_greenlet
+from sqlalchemy.util.concurrency import await_, in_greenlet
 
+from .._prepared import is_watched, row_type
 from ..schema import Timestamp, sqlite_timestamp
 from . import logs
 from .base import Dialect
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects.sqlite import Insert
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+    from .._prepared import Fetch, Prepared
     from .._urls import Target
     from .base import Columns, Listener
 
@@ -33,6 +38,8 @@ OLDEST_VERSION = (3, 35, 0)
 BUSY_TIMEOUT = 5.0  # seconds
 BUSY_TRIES = 12
 """How often whoever begins by himself waits so long for another program's transaction."""
+
+BEGIN = "BEGIN IMMEDIATE"
 
 LOOK_OUT = 0.004
 """Seconds between two looks whether the file has changed; each takes microseconds, in a thread."""
@@ -42,6 +49,10 @@ IDLE_AFTER = 100  # looks
 
 class SQLite(Dialect):
     embedded = True
+
+    def __init__(self, *, prepared_statements: bool | None = None) -> None:
+        super().__init__(prepared_statements=prepared_statements)
+        self._is_ours = False
 
     def create_engine(
         self, target: Target, *, pool_size: int, connect_timeout: float, grows: bool = False
@@ -60,9 +71,13 @@ class SQLite(Dialect):
                 "pool_timeout": None,
             }
         )
+        self._is_ours = True
         engine = create_async_engine(
             target.url,
             connect_args={"timeout": BUSY_TIMEOUT, **target.connect_args},
+            # The driver's own BEGIN would be a deferred one, whose upgrade to a write
+            # lock fails at once where another writer came in between.
+            isolation_level="AUTOCOMMIT",
             hide_parameters=True,
             logging_name=logs.ENGINE,
             **pool,
@@ -87,22 +102,25 @@ class SQLite(Dialect):
         return None
 
     def begin(self, connection: Connection, *, write: bool, single: bool = False) -> bool:
-        # The driver's own BEGIN would be a deferred one, whose upgrade to a write
-        # lock fails at once where another writer came in between.
-        connection.execution_options(isolation_level="AUTOCOMMIT", schema_translate_map=None)
+        if not self._is_ours:
+            connection.execution_options(isolation_level="AUTOCOMMIT", schema_translate_map=None)
         if not write:
             return False
-        connection.begin()
+        if not connection.in_transaction():
+            connection.begin()  # of SQLAlchemy's, which sends nothing
         raw = connection.connection.driver_connection
         if raw is not None and raw.in_transaction:
             # The application's engine has a listener that begins, as SQLAlchemy recommends.
             connection.exec_driver_sql("ROLLBACK")
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if self._is_ours and raw is not None and not is_watched(connection):
+            # The driver's thread is asked once, and thrice by way of a cursor.
+            await_(raw.execute_fetchall(BEGIN))
+        else:
+            connection.exec_driver_sql(BEGIN)
         return True
 
-    @property
-    def statement_name(self) -> None:
-        return None
+    def fetcher(self, *, in_transaction: bool) -> Fetch | None:
+        return _fetch if self._is_ours else None
 
     async def lend(self, connection: AsyncConnection) -> None:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -136,21 +154,31 @@ class SQLite(Dialect):
                 listener.heard(None)
 
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
-        # The same machine's clock, and finer than SQLite's own milliseconds.
-        return literal(datetime.now(timezone.utc) + timedelta(seconds=plus), Timestamp)
+        # The same machine's clock, and finer than SQLite's own milliseconds. Looked at with each
+        # execution, as a statement may be made once.
+        return bindparam(None, type_=Timestamp, unique=True, callable_=partial(_now, plus))
 
     def unnest(self, columns: Columns) -> FromClause:
-        rows = [
-            [sqlite_timestamp(value) if isinstance(value, datetime) else value for value in row]
-            for row in zip(*(values or () for _, values in columns.values()), strict=True)
-        ]
-        item = func.json_each(json.dumps(rows)).table_valued("key", "value", name="entry")
+        given = self.lists(columns)
+        if all(values is None for _, values in columns.values()):
+            [rows] = (bindparam(name, type_=Text) for name in given)
+        else:
+            [rows] = (literal(text, Text) for text in given.values())
+        item = func.json_each(rows).table_valued("key", "value", name="entry")
         extracted = [
             func.json_extract(item.c.value, f"$[{index}]", type_=type_).label(name)
             for index, (name, (type_, _)) in enumerate(columns.items())
         ]
         ordinal = (item.c.key + 1).label("ordinal")
         return select(*extracted, ordinal).subquery("item")
+
+    def lists(self, columns: Columns) -> dict[str, Any]:
+        rows = [
+            [sqlite_timestamp(value) if isinstance(value, datetime) else value for value in row]
+            for row in zip(*(values or () for _, values in columns.values()), strict=True)
+        ]
+        # The first name tells it from others of the same statement.
+        return {f"all_{next(iter(columns))}": json.dumps(rows)}
 
     def insert(self, table: Table) -> Insert:
         return insert(table)
@@ -159,6 +187,17 @@ class SQLite(Dialect):
 def is_memory(target: Target) -> bool:
     database, mode = target.url.database or ":memory:", target.url.query.get("mode")
     return mode == "memory" or database in {":memory:", "file::memory:"}
+
+
+async def _fetch(connection: Connection, statement: Prepared, values: Sequence[Any]) -> Any:
+    driver: Any = connection.connection.driver_connection
+    # By itself, as the driver's thread is asked for each step of a cursor.
+    rows = await driver.execute_fetchall(statement.sql, values)
+    return list(starmap(row_type(statement.columns), rows))
+
+
+def _now(plus: float) -> datetime:
+    return datetime.now(timezone.utc) + timedelta(seconds=plus)
 
 
 def _probe(_dialect: Any, _record: Any, arguments: Any, options: Any) -> None:
@@ -186,7 +225,7 @@ def _roll_back(connection: Any, _record: Any, _error: Any) -> None:
 def _has_begun(connection: Connection, *, is_last: bool) -> bool:
     """Whether another program's transaction had ended in time, after waiting for it."""
     try:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql(BEGIN)
     except OperationalError as error:
         if is_last or "is locked" not in str(error.orig):
             raise

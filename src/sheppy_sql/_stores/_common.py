@@ -22,8 +22,9 @@ from sqlalchemy import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Executable
+    from sqlalchemy import BindParameter, ColumnElement
 
+    from .._dialects.base import Columns
     from .._transaction import Transaction
 
 S = TypeVar("S")
@@ -59,11 +60,22 @@ def made_once(tx: Transaction, make: Callable[..., S], *flags: bool) -> S:
 
     Making one takes longer than carrying it out.
     """
-    made, key = tx.tables.made, (make, flags)
+    # Of one database or the other: a program may enqueue in both.
+    made, key = tx.tables.made, (type(tx.dialect), make, flags)
     if key not in made:
         made[key] = make(tx, *flags)
     statement: S = made[key]
     return statement
+
+
+def of_queue() -> BindParameter[str]:
+    """The queue of a statement that is made once: its parameter `of_queue`."""
+    return bindparam("of_queue", type_=Text)
+
+
+def without_lists(columns: Columns) -> Columns:
+    """Columns for `unnest` in a statement that is made once."""
+    return {name: (type_, None) for name, (type_, _) in columns.items()}
 
 
 def unexpired(tx: Transaction) -> ColumnElement[bool]:
@@ -105,21 +117,6 @@ def among(
         item = tx.dialect.unnest({"value": (column.type, values)})
         return column.in_(select(item.c.value))
     return column == any_(literal(list(values), ARRAY(column.type)))
-
-
-async def rows_of(
-    tx: Transaction,
-    make: Callable[[Transaction, Any, Sequence[str] | None], Executable],
-    queue: str,
-    ids: Sequence[str],
-) -> Sequence[Any]:
-    """Rows of a queue, by ids: those of `make(tx, queue, ids)`, with ids as in `by_id.find`."""
-    if tx.dialect.embedded:
-        return await tx.rows(make(tx, queue, ids))
-    made, key = tx.tables.made, (rows_of, make)
-    if key not in made:
-        made[key] = make(tx, bindparam("of_queue", type_=Text), None)
-    return await tx.rows(made[key], {"of_queue": queue, "wanted": list(ids)})
 
 
 def is_under(tx: Transaction, claims: Mapping[str, int]) -> ColumnElement[bool]:

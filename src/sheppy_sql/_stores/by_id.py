@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ARRAY, Text, and_, any_, func, literal_column, select, true
 
-from ._common import among, tries
+from ._common import among, made_once, tries
 
 if TYPE_CHECKING:
     from sqlalchemy import (
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Column,
         ColumnElement,
         Delete,
+        Executable,
         FromClause,
         Select,
         Subquery,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         Update,
     )
 
+    from .._dialects.base import Columns
     from .._transaction import Transaction
 
 
@@ -40,12 +42,28 @@ def find(
 ) -> Subquery:
     """Columns of the rows that meet the conditions.
 
-    `ids` may be None on a server: they are then the parameter `wanted`.
+    `ids` may be None, in a statement for `rows`.
     """
     # It keeps the search from being made a join.
     fence: ColumnElement[int] = literal_column("0")
-    rows = _rows(table, columns, queue, conditions)
-    return _searched(tx, table, rows, ids, lambda search: search.offset(fence))
+    found = _rows(table, columns, queue, conditions)
+    return _searched(tx, table, found, ids, lambda search: search.offset(fence))
+
+
+async def rows(
+    tx: Transaction,
+    make: Callable[..., Executable],
+    queue: str,
+    ids: Sequence[str],
+    *flags: bool,
+    **parameters: Any,
+) -> Sequence[Any]:
+    """Rows of the statement that is made once, by `make(tx, *flags)`, with `find`.
+
+    The queue is `of_queue()` there, and the ids are None.
+    """
+    given = {"of_queue": queue, **tx.dialect.lists(_wanted(ids)), **parameters}
+    return await tx.rows(made_once(tx, make, *flags), given)
 
 
 def lock(
@@ -64,10 +82,10 @@ def lock(
     ids, byte by byte as in the tables: two statements that lock rows as they find them can
     deadlock.
     """
-    rows = _rows(table, columns, queue, conditions)
+    found = _rows(table, columns, queue, conditions)
     if joined is not None:
-        rows = rows.select_from(joined)
-    return _searched(tx, table, rows, sorted(ids), lambda search: search.with_for_update(**how))
+        found = found.select_from(joined)
+    return _searched(tx, table, found, sorted(ids), lambda search: search.with_for_update(**how))
 
 
 async def change(
@@ -105,11 +123,11 @@ async def apply(
     numbered = tries()
     while True:
         next(numbered)
-        rows = await tx.rows(applied)
-        changed |= {(queue, task_id) for queue, task_id, is_done in rows if is_done}
+        locked = await tx.rows(applied)
+        changed |= {(queue, task_id) for queue, task_id, is_done in locked if is_done}
         # A row that was written to between the snapshot and its lock is locked in its newest
         # version, which the same snapshot does not show: a newer one does.
-        if all(row.is_done for row in rows):
+        if all(row.is_done for row in locked):
             return changed
 
 
@@ -144,17 +162,22 @@ def _rows(
 def _searched(
     tx: Transaction,
     table: Table,
-    rows: Select[Any],
+    found: Select[Any],
     ids: Sequence[str] | None,
     fence: Callable[[Select[Any]], Select[Any]],
 ) -> Subquery:
-    """Those of the rows whose ids are wanted, searched for with the fence around each search."""
+    """What is found whose ids are wanted, searched for with the fence around each search."""
     key = _key(table)
+    item = tx.dialect.unnest(_wanted(ids))
     if tx.dialect.embedded:
-        return rows.where(among(tx, key, ids or ())).subquery("found")
-    item = tx.dialect.unnest({"wanted": (Text(), ids)})
-    each = fence(rows.where(key == item.c.wanted)).lateral("each")
+        # Not a join with the ids: as in `among`.
+        return found.where(key.in_(select(item.c.wanted))).subquery("found")
+    each = fence(found.where(key == item.c.wanted)).lateral("each")
     return select(each).select_from(item.join(each, true())).subquery("found")
+
+
+def _wanted(ids: Sequence[str] | None) -> Columns:
+    return {"wanted": (Text(), None if ids is None else list(ids))}
 
 
 def _key(table: Table) -> Column[str]:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     null,
     select,
     true,
+    tuple_,
     update,
 )
 
@@ -26,11 +27,18 @@ from . import notifications as notification_store
 from . import results as result_store
 from . import scheduled as schedule_store
 from . import tasks as task_store
-from ._common import UNCLAIMED, among, is_under, limited, made_once, milliseconds, tries
+from ._common import (
+    UNCLAIMED,
+    limited,
+    made_once,
+    milliseconds,
+    of_queue,
+    tries,
+    without_lists,
+)
 
 if TYPE_CHECKING:
-    from sqlalchemy import Select
-    from sqlalchemy.types import TypeEngine
+    from sqlalchemy import Executable, Select
 
     from .._dialects.base import Columns
     from .._payloads import TaskRow
@@ -110,28 +118,46 @@ async def finish_all(
 
 async def _finish_in_two(tx: Transaction, queue: str, ended: Sequence[Ended]) -> set[str]:
     """The ids of the tasks that were moved to the results."""
-    tasks = tx.tables.tasks
-    claims = {one.row.id: one.token for one in ended}
-    # By the ids as well, for the index.
-    mine = [tasks.c.queue == queue, among(tx, tasks.c.id, list(claims)), is_under(tx, claims)]
-    gone = delete(tasks).where(*mine).returning(tasks.c.id, tasks.c.append_token)
-    append_tokens = {row.id: row.append_token for row in await tx.rows(gone)}
+    claims = tx.dialect.lists(_pairs([one.row.id for one in ended], [one.token for one in ended]))
+    gone = await tx.rows(made_once(tx, _ending), {"of_queue": queue, **claims})
+    append_tokens = {row.id: row.append_token for row in gone}
     moved = [one for one in ended if one.row.id in append_tokens]
     if moved:
         clock = datetime.now(timezone.utc)  # which is the database's
         ends = [None if one.ttl is None else clock + timedelta(seconds=one.ttl) for one in moved]
         tokens = [append_tokens[one.row.id] for one in moved]
-        more: Columns = {"append_token": (BigInteger(), tokens), "expires_at": (Timestamp(), ends)}
-        item = tx.dialect.unnest({**_columns(moved), **more})
-        insertion = result_store.insert_all(
-            tx,
-            literal(queue, Text),
-            item,
-            append_token=item.c.append_token,
-            expires_at=item.c.expires_at,
-        )
-        await tx.execute(insertion)
+        columns = {**_columns(moved), **_more(tokens, ends)}
+        given = {"of_queue": queue, **tx.dialect.lists(columns)}
+        await tx.rows(made_once(tx, _storing), given)
     return set(append_tokens)
+
+
+def _ending(tx: Transaction) -> Executable:
+    """The statement that deletes tasks under their claims, whose parameters are the _pairs."""
+    tasks, pair = tx.tables.tasks, tx.dialect.unnest(without_lists(_pairs((), ())))
+    mine = delete(tasks).where(
+        tasks.c.queue == of_queue(),
+        tasks.c.id.in_(select(pair.c.id)),  # as well, for the index
+        tuple_(tasks.c.id, tasks.c.claim_token).in_(select(pair.c.id, pair.c.claim_token)),
+    )
+    return mine.returning(tasks.c.id, tasks.c.append_token)
+
+
+def _storing(tx: Transaction) -> Executable:
+    """The statement that stores results, whose parameters are lists of _columns and _more."""
+    item = tx.dialect.unnest(without_lists({**_columns(()), **_more((), ())}))
+    insertion = result_store.insert_all(
+        tx, of_queue(), item, append_token=item.c.append_token, expires_at=item.c.expires_at
+    )
+    return insertion.returning(tx.tables.results.c.id)
+
+
+def _pairs(ids: Sequence[str], tokens: Sequence[int]) -> Columns:
+    return {"id": (Text(), ids), "claim_token": (BigInteger(), tokens)}
+
+
+def _more(tokens: Sequence[int | None], ends: Sequence[datetime | None]) -> Columns:
+    return {"append_token": (BigInteger(), tokens), "expires_at": (Timestamp(), ends)}
 
 
 async def _finish_in_one(
@@ -153,8 +179,8 @@ async def _finish_in_one(
     numbered = tries()
     while left:
         next(numbered)
-        columns = {name: values for name, (_, values) in _columns(left).items()}
-        given = {**columns, "ttl": [one.ttl for one in left], **more}
+        columns = {**_columns(left), "ttl": (Float(), [one.ttl for one in left])}
+        given = {**tx.dialect.lists(columns), **more}
         rows = await tx.rows(statement, given)
         stored |= {row.id for row in rows if row.is_stored}
         # A task that was written to between the snapshot and its lock is locked in its newest
@@ -167,15 +193,12 @@ async def _finish_in_one(
 def _finishing(tx: Transaction, is_limited: bool, notifies: bool) -> Select[Any]:
     """The statement that moves tasks to the results; the id of each, and whether it did.
 
-    Its parameters are of_queue, a list for each of _columns and for ttl, and where they are asked
-    for, lock_timeout, and the channel and the text of a notice.
+    Its parameters are of_queue, the lists of _columns and ttl, and where they are asked for,
+    lock_timeout, and the channel and the text of a notice.
     """
     tasks = tx.tables.tasks
-    queue = bindparam("of_queue", type_=Text)
-    columns: dict[str, tuple[TypeEngine[Any], None]] = {
-        name: (type_, None) for name, (type_, _) in _columns([]).items()
-    }
-    item = tx.dialect.unnest({**columns, "ttl": (Float(), None)})
+    queue = of_queue()
+    item = tx.dialect.unnest(without_lists({**_columns(()), "ttl": (Float(), ())}))
     # In the order of the ids, byte by byte as in the tables: as everybody locks.
     in_order = select(item).order_by(item.c.id.collate("C"))
     given = in_order.cte("given").prefix_with("MATERIALIZED")

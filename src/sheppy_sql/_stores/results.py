@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Text, delete, literal, null, select, true, tuple_
 
 from . import by_id
-from ._common import is_held, rows_of, unexpired
+from ._common import is_held, of_queue, unexpired
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, FromClause, Select
@@ -92,14 +92,14 @@ async def of_claims(tx: Transaction, queue: str, claims: Mapping[str, int]) -> s
 
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
     """The payloads of those that are finished, by id."""
-    return {row.id: row.payload for row in await rows_of(tx, finished, queue, ids)}
+    return {row.id: row.payload for row in await by_id.rows(tx, finished, queue, ids)}
 
 
-def finished(tx: Transaction, queue: Any, ids: Sequence[str] | None) -> Select[tuple[str, str]]:
-    """(id, payload) of those that are finished and not expired, as for rows_of."""
+def finished(tx: Transaction) -> Select[tuple[str, str]]:
+    """(id, payload) of those that are finished and not expired, for by_id.rows."""
     results = tx.tables.results
     columns = [results.c.id, results.c.payload]
-    return select(by_id.find(tx, results, columns, queue, ids, unexpired(tx)))
+    return select(by_id.find(tx, results, columns, of_queue(), None, unexpired(tx)))
 
 
 async def prune(tx: Transaction, most: int) -> int:

@@ -20,7 +20,7 @@ from sqlalchemy import (
 from ..schema import CLAIMED, PENDING, POSITION_STEP
 from . import by_id, claims, floors
 from . import consumers as consumer_store
-from ._common import made_once, tries
+from ._common import made_once, of_queue, tries
 from .floors import Line
 
 if TYPE_CHECKING:
@@ -41,16 +41,13 @@ async def has_pending(
     tx: Transaction, queue: str, *, suspects: bool = False, look: Look[int] | None = None
 ) -> bool:
     """Whether a claim could find anything; `look` as for a claim."""
-    tasks = tx.tables.tasks
     if look is not None and not tx.dialect.embedded:
         floor = look.begin(tx.connection)
         looking = made_once(tx, _looking_above, bool(floor.running))
         [row] = await tx.rows(looking, floors.parameters(queue, floor))
         look.saw(floors.read_seen(row))
         return bool(row.is_any)
-    found = select(1).where(*_pending(tx, queue, suspects=suspects))
-    # Ordered, or SQLite may prefer the table to the index where one queue holds most tasks.
-    return await tx.scalar(found.order_by(tasks.c.position).limit(1)) is not None
+    return bool(await tx.rows(made_once(tx, _looking, suspects), {"of_queue": queue}))
 
 
 async def claim(
@@ -78,17 +75,10 @@ async def claim(
     # There are few suspects, in an index of their own.
     if not (suspects or tx.dialect.embedded):
         return await _claim_above(tx, queue, limit, owner, token, look)
-    picked = (
-        select(_key(tx))
-        .where(*_pending(tx, queue, suspects=suspects))
-        .order_by(tasks.c.position)
-        .limit(limit)
-    )
-    statement = _take(tx, queue, _locked(picked), owner, token).returning(
-        tasks.c.id, tasks.c.payload, tasks.c.position
-    )
+    given = {"of_queue": queue, "at_most": limit, "new_owner": owner, "new_token": token}
+    rows = await tx.rows(made_once(tx, _claiming, suspects), given)
     # RETURNING promises no order.
-    claimed = sorted(await tx.rows(statement), key=lambda row: row.position)
+    claimed = sorted(rows, key=lambda row: row.position)
     return [(row.id, row.payload) for row in claimed]
 
 
@@ -158,6 +148,26 @@ async def _claim_above(
         # version, which the same snapshot does not show: a newer one does.
         if claimed or not rows[0].picked:
             return claimed
+
+
+def _looking(tx: Transaction, suspects: bool) -> Select[Any]:
+    tasks = tx.tables.tasks
+    found = select(tasks.c.position).where(*_pending(tx, of_queue(), suspects=suspects))
+    # Ordered, or SQLite may prefer the table to the index where one queue holds most tasks.
+    return found.order_by(tasks.c.position).limit(1)
+
+
+def _claiming(tx: Transaction, suspects: bool) -> Update:
+    tasks = tx.tables.tasks
+    picked = (
+        select(_key(tx))
+        .where(*_pending(tx, of_queue(), suspects=suspects))
+        .order_by(tasks.c.position)
+        .limit(bindparam("at_most", type_=BigInteger))
+    )
+    owner, token = bindparam("new_owner", type_=Text), bindparam("new_token", type_=BigInteger)
+    taken = _take(tx, of_queue(), _locked(picked), owner, token)
+    return taken.returning(tasks.c.id, tasks.c.payload, tasks.c.position)
 
 
 def _looking_above(tx: Transaction, running: bool) -> Select[Any]:
@@ -244,7 +254,9 @@ def _line(tx: Transaction) -> Line:
     )
 
 
-def _pending(tx: Transaction, queue: str, *, suspects: bool) -> list[ColumnElement[bool]]:
+def _pending(
+    tx: Transaction, queue: ColumnElement[str], *, suspects: bool
+) -> list[ColumnElement[bool]]:
     tasks = tx.tables.tasks
     crashed = tasks.c.crashes > NONE if suspects else tasks.c.crashes == NONE
     return [tasks.c.queue == queue, tasks.c.state == PENDING, crashed]

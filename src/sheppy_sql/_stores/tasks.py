@@ -10,6 +10,7 @@ from sqlalchemy import (
     ScalarSelect,
     Text,
     and_,
+    bindparam,
     case,
     delete,
     func,
@@ -23,12 +24,12 @@ from sqlalchemy import (
 from ..schema import PENDING, POSITION_STEP, SCHEDULED, Timestamp
 from . import by_id
 from . import results as result_store
-from ._common import UNCLAIMED, is_held, rows_of, unexpired
+from ._common import UNCLAIMED, is_held, made_once, of_queue, unexpired, without_lists
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, CompoundSelect
-    from sqlalchemy.types import TypeEngine
+    from sqlalchemy import ColumnElement, CompoundSelect, Executable, FromClause, Select
 
+    from .._dialects.base import Columns
     from .._payloads import TaskRow
     from .._transaction import Transaction
 
@@ -61,12 +62,11 @@ async def add(
     waits for that transaction and then finds no live task, and only a later
     snapshot shows the result that has taken its place.
     """
-    tasks = tx.tables.tasks
+    adding = made_once(tx, _adding, state is PENDING)
     now: set[str] = set()
     for chunk in _chunks(rows):
-        insertion = tx.dialect.insert(tasks).from_select(*_stored(tx, queue, chunk, token, state))
-        statement = insertion.on_conflict_do_nothing().returning(tasks.c.id)
-        now.update(row.id for row in await tx.rows(statement))
+        given = {"of_queue": queue, **tx.dialect.lists(_columns(chunk, token))}
+        now.update(row.id for row in await tx.rows(adding, given))
     before: set[str] = set()
     if tx.repeated:
         # Now, since the INSERT has waited for an earlier try that was still being committed.
@@ -100,7 +100,8 @@ async def put(
         return False
     stored = 0
     for chunk in _chunks(rows):
-        source = _stored(tx, queue, chunk, token, state, promoted)
+        item = tx.dialect.unnest(_columns(chunk, token, promoted))
+        source = _source(tx, literal(queue, Text), item, state)
         insertion = tx.dialect.insert(tasks).from_select(*source)
         new = insertion.excluded
         stays = and_(tasks.c.state == PENDING, new.state == PENDING)
@@ -152,15 +153,13 @@ async def find(tx: Transaction, queue: str, ids: Sequence[str]) -> set[str]:
 
 async def get(tx: Transaction, queue: str, ids: Sequence[str]) -> dict[str, str]:
     """Payloads by id, in whatever state: one snapshot, so that a moving task is seen once."""
-    return {row.id: row.payload for row in await rows_of(tx, _in_any_state, queue, ids)}
+    return {row.id: row.payload for row in await by_id.rows(tx, _in_any_state, queue, ids)}
 
 
-def _in_any_state(
-    tx: Transaction, queue: Any, ids: Sequence[str] | None
-) -> CompoundSelect[tuple[str, str]]:
+def _in_any_state(tx: Transaction) -> CompoundSelect[tuple[str, str]]:
     tasks = tx.tables.tasks
-    live = by_id.find(tx, tasks, [tasks.c.id, tasks.c.payload], queue, ids)
-    return union_all(result_store.finished(tx, queue, ids), select(live))
+    live = by_id.find(tx, tasks, [tasks.c.id, tasks.c.payload], of_queue(), None)
+    return union_all(result_store.finished(tx), select(live))
 
 
 async def lock_waiting(tx: Transaction, queue: str, task_id: str) -> str | None:
@@ -224,28 +223,35 @@ async def _remove_finished(
 
     `of_append`: only those that this very append has stored before.
     """
-    tasks, results = tx.tables.tasks, tx.tables.results
-    taken = [or_(unexpired(tx), is_held(tx))]
-    if of_append:
-        taken.append(results.c.append_token == token)
-    finished = by_id.find(tx, results, [results.c.id], queue, ids, *taken)
-    ended = [row.id for row in await tx.rows(select(finished))]
-    if not ended:
+    more = {"of_token": token} if of_append else {}
+    finished = await by_id.rows(tx, _taken, queue, ids, of_append, **more)
+    if not finished:
         return set()
+    tasks, ended = tx.tables.tasks, [row.id for row in finished]
     return await by_id.change(tx, delete(tasks), queue, ended, tasks.c.append_token == token)
 
 
-def _stored(
-    tx: Transaction,
-    queue: str,
-    rows: Sequence[TaskRow],
-    token: int,
-    state: ColumnElement[str],
-    promoted: Container[str] = (),
-) -> tuple[list[str], Any]:
-    """Columns and SELECT for an INSERT: positions in the caller's order, locks in the ids'."""
+def _taken(tx: Transaction, of_append: bool) -> Select[tuple[str]]:
+    """Ids that stand among the results and are not free: by the append `of_token`, or by any."""
+    results = tx.tables.results
+    taken = [or_(unexpired(tx), is_held(tx))]
+    if of_append:
+        taken.append(results.c.append_token == bindparam("of_token", type_=BigInteger))
+    return select(by_id.find(tx, results, [results.c.id], of_queue(), None, *taken))
+
+
+def _adding(tx: Transaction, pending: bool) -> Executable:
+    tasks = tx.tables.tasks
+    item = tx.dialect.unnest(without_lists(_columns((), 0)))
+    source = _source(tx, of_queue(), item, PENDING if pending else SCHEDULED)
+    insertion = tx.dialect.insert(tasks).from_select(*source)
+    return insertion.on_conflict_do_nothing().returning(tasks.c.id)
+
+
+def _columns(rows: Sequence[TaskRow], token: int, promoted: Container[str] = ()) -> Columns:
+    """What is stored of tasks, in the order of their ids, and the places that the caller gave."""
     order = sorted(range(len(rows)), key=lambda index: rows[index].id)
-    columns: dict[str, tuple[TypeEngine[Any], list[Any]]] = {
+    return {
         "id": (Text(), [rows[index].id for index in order]),
         "payload": (Text(), [rows[index].payload for index in order]),
         "func": (Text(), [rows[index].func for index in order]),
@@ -255,18 +261,25 @@ def _stored(
             BigInteger(),
             [None if rows[index].id in promoted else token for index in order],
         ),
+        "place": (BigInteger(), order),
     }
-    item = tx.dialect.unnest({**columns, "place": (BigInteger(), order)})
+
+
+def _source(
+    tx: Transaction, queue: ColumnElement[str], item: FromClause, state: ColumnElement[str]
+) -> tuple[list[str], Select[Any]]:
+    """Columns and SELECT for an INSERT: positions in the caller's order, locks in the ids'."""
+    copied = ("id", "payload", "func", "status", "created_at", "append_token")
     values = {
-        **{name: item.c[name] for name in columns},
-        "queue": literal(queue, Text),
+        **{name: item.c[name] for name in copied},
+        "queue": queue,
         "state": state,
         "position": _first_position(tx, queue) + item.c.place if state is PENDING else null(),
     }
     return list(values), select(*values.values()).order_by(item.c.ordinal)
 
 
-def _first_position(tx: Transaction, queue: str) -> ScalarSelect[int]:
+def _first_position(tx: Transaction, queue: ColumnElement[str]) -> ScalarSelect[int]:
     """The first of at least STATEMENT_ROWS positions behind every pending task."""
     if tx.dialect.embedded:
         tasks = tx.tables.tasks
