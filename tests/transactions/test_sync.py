@@ -65,6 +65,19 @@ async def test_order_and_task_are_committed_together(
     assert done.result == "sent for 1"
 
 
+async def test_one_program_enqueues_in_databases_of_both_kinds(
+    sqlite_database: TestDatabase, postgres_database: TestDatabase
+) -> None:
+    databases = [sqlite_database, postgres_database]
+    for number, database in enumerate([*databases, *databases]):
+        receipt = send_receipt(number)
+        with application(database, "driver") as app:
+            app.place_order(number)
+            assert sync.enqueue(app.connection, EMAILS, receipt) is True
+            app.commit()
+        assert str(receipt.id) in (await stored(database))[1]
+
+
 async def test_order_and_task_are_rolled_back_together(
     database: TestDatabase, app: Application
 ) -> None:
