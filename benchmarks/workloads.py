@@ -339,7 +339,7 @@ def idle_cpu(bench: Bench, system: System, delayed: bool) -> Outcome:
 
 def _settle(bench: Bench) -> None:
     """Wait until workers that have just begun are idle as they will be for hours."""
-    time.sleep(bench.sizes.idle_seconds / 2)
+    time.sleep(bench.sizes.idle_seconds)
 
 
 def _processes(pids: Sequence[int]) -> list[psutil.Process]:

@@ -15,4 +15,4 @@ async def take(database: Database, action: str, chore: str, seconds: float) -> b
     # Not to be taken, its row would be locked all the same, which writes.
     if not await database.read(action, chore_store.is_due, chore):
         return False
-    return await database.write(action, chore_store.take, chore, seconds)
+    return await database.write_one(action, chore_store.take, chore, seconds)

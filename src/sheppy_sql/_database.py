@@ -121,6 +121,14 @@ class Database:
         """
         return await self.outcome(self.start(action, operation, *args, **kwargs))
 
+    async def write_one(
+        self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """`write` for an operation of one statement: one round trip, without BEGIN and COMMIT."""
+        self.check_turn(action)
+        work = self.start_statement(action, lambda tx: operation(tx, *args, **kwargs))
+        return await self.outcome(work)
+
     async def read(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:

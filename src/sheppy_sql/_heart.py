@@ -14,7 +14,6 @@ import os
 import threading
 import time
 import weakref
-from functools import partial
 from typing import TYPE_CHECKING
 
 from sheppy import BackendError
@@ -199,16 +198,15 @@ class Heart:
                 f"The event loop has not turned for {self._max_loop_stall:g} s, which is "
                 f"max_loop_stall: the leases of {self._owner} are not renewed"
             )
-        beat = partial(
+        await database.write_one(
+            action,
             consumer_store.beat,
-            owner=self._owner,
-            process=self._process,
-            policy=self._policy,
+            self._owner,
+            self._process,
+            self._policy,
             lease=self._lease * SHARE_OF_LEASE,
             loop_idle=idle,
         )
-        database.check_turn(action)
-        await database.outcome(database.start_statement(action, beat))
         self._beaten = max(self._beaten, began)
 
 

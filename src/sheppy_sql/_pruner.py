@@ -43,7 +43,7 @@ class Pruner:
         ends_at = asyncio.get_running_loop().time() + LONGEST_ROUND
         pruned = await self._repeat(ends_at, result_store.prune, BATCH)
         await self._repeat(ends_at, receipt_store.prune, self._receipt_kept, BATCH)
-        await self._database.write("prune workers", consumer_store.prune)
+        await self._database.write_one("prune workers", consumer_store.prune)
         return pruned
 
     async def _repeat(
@@ -56,7 +56,7 @@ class Pruner:
         """Delete batches until nothing is left, or until a time; how many rows."""
         pruned, batch = 0, BATCH
         while batch == BATCH and asyncio.get_running_loop().time() < ends_at:
-            batch = await self._database.write("prune", prune, *args, **kwargs)
+            batch = await self._database.write_one("prune", prune, *args, **kwargs)
             pruned += batch
             await asyncio.sleep(PAUSE)
         return pruned

@@ -93,7 +93,11 @@ async def poll(
         if started >= deadline:
             return None
         pace.begin()
-        await waiter.wait(max(0.0, min(spread(next(pauses), now - started), deadline - now)))
+        pause, left = spread(next(pauses), now - started), deadline - now
+        if pause >= pace.longest * (1 - JITTER) and left <= pace.longest * (1 + JITTER):
+            # Not twice in a moment: by itself, and as time is up.
+            pause = left
+        await waiter.wait(max(0.0, min(pause, left)))
 
 
 def spread(pause: float, took: float) -> float:

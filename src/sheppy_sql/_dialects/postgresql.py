@@ -85,6 +85,8 @@ class PostgreSQL(Dialect):
             pool_size=pool_size,
             max_overflow=-1 if grows else 0,
             pool_pre_ping=grows,
+            # The one that was used last has the statements that are wanted next.
+            pool_use_lifo=True,
             # A caller waits for its turn; the host's worker would end on an error.
             pool_timeout=None,
             # What nearly all statements want; to set it each time costs as much as they do.
@@ -180,7 +182,7 @@ class PostgreSQL(Dialect):
             while not lost.is_set():
                 await sleep_until(lost, LOOK_AFTER)
                 if not lost.is_set():
-                    await driver.fetchval("SELECT 1", timeout=ANSWER)
+                    await driver.execute("SELECT 1", timeout=ANSWER)
         finally:
             # A pooler may give the server's side to somebody else.
             if not driver.is_closed():
