@@ -12,7 +12,6 @@ from ._stores import appends as append_store
 from ._stores import queues as queue_store
 from ._stores import tasks as task_store
 from ._transaction import new_token
-from .schema import PENDING
 
 if TYPE_CHECKING:
     import asyncio
@@ -108,7 +107,7 @@ async def append_by_itself(
 async def _add(
     tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int, registers: bool
 ) -> set[str]:
-    added = await task_store.add(tx, queue, rows, token, PENDING)
+    added = await task_store.add(tx, queue, rows, token, pending=True)
     if registers:
         # Last: whoever has to wait for a task must not hold up all that are new to the queue.
         await queue_store.register(tx, queue)

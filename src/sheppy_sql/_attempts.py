@@ -1,4 +1,4 @@
-"""Trying again what a conflict or an outage has ended: the one place that sees a driver's error."""
+"""Trying again what a conflict or an outage has ended."""
 
 from __future__ import annotations
 

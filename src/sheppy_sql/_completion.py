@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sheppy import BackendError
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.util import concurrency
 
 from ._errors import Fault, backend_error, fault, is_driver_error, joined_error
+from ._greenlets import await_
 from ._payloads import encode_task
 
 if TYPE_CHECKING:
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from ._payloads import Payload
 
 ACTION = "complete a task"
-
-# SQLAlchemy renames it.
-_await: Callable[[Awaitable[Any]], Any] = (
-    getattr(concurrency, "await_", None) or vars(concurrency)["await_only"]
-)
 
 
 class Stage(enum.Enum):
@@ -177,7 +172,7 @@ class Completion(AsyncSession):
             return
         self._check_open()
         session.flush()
-        _await(self._write())
+        await_(self._write())
         self._stage = Stage.ENDING
 
     async def _write(self) -> None:
@@ -204,7 +199,7 @@ class Completion(AsyncSession):
         if transaction.nested:
             return
         if (turn := self._database.turn) is not None:
-            _await(turn.acquire())
+            await_(turn.acquire())
             self._holds_turn = True
         self._database.dialect.begin_lent(connection)
 

@@ -97,5 +97,5 @@ class Connections:
 
 
 def _is_plain(connection: Connection) -> bool:
-    """Whether nothing was set on it, and all its statements have committed by themselves."""
+    """Whether nothing was set on it; whatever transaction there was has ended."""
     return not connection.get_execution_options() and not connection.invalidated

@@ -124,7 +124,7 @@ class Database:
     async def write_one(
         self, action: str, operation: Operation[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """`write` for an operation of one statement: one round trip, without BEGIN and COMMIT."""
+        """`write` for an operation of one statement, which is one round trip where it may be."""
         self.check_turn(action)
         work = self.start_statement(action, lambda tx: operation(tx, *args, **kwargs))
         return await self.outcome(work)
@@ -159,6 +159,8 @@ class Database:
         ended: Callable[[T | BaseException], None] | None = None,
     ) -> asyncio.Task[T]:
         """`start` for what changes rows by one statement, which needs no BEGIN and COMMIT.
+
+        On a file it may be several: there they have a transaction all the same.
 
         Unless `patient`, LockedError where the statement's own lock timeout has ended it. `ended`
         hears of the end a moment earlier than the task's own callbacks, if it ever began.

@@ -11,13 +11,12 @@ import sqlite3
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import psycopg as postgresql
 
-from ._prepared import prepare, row_type
+from ._prepared import prepare, prepared_once, row_type
 
 if TYPE_CHECKING:
     from sqlalchemy import Executable
@@ -89,7 +88,7 @@ class RawLink(Link):
         if parameters is None:
             prepared = prepare(statement, self._dialect)
         else:
-            prepared = _prepared_once(statement, self._dialect)
+            prepared = prepared_once(statement, self._dialect)
         values = prepared.values(parameters or {})
         if self._dialect.positional:
             return self._run(prepared.sql, values)
@@ -228,9 +227,6 @@ def link_to(raw: object) -> RawLink | None:
         if isinstance(raw, getattr(sys.modules.get(module), name, ())):
             return link(raw)
     return None
-
-
-_prepared_once = lru_cache(maxsize=100)(prepare)
 
 
 def _text(value: Any) -> Any:

@@ -53,6 +53,8 @@ _OUTAGES = _STARTING | {"57P01", "57P02", "57P05", "25006", "25P03", "25P04", "2
 
 # Of asyncpg, which gives its own errors no SQLSTATE.
 _BROKEN_CONNECTIONS = ("is closed", "has been released", "operation is in progress")
+# Of aiosqlite and sqlite3, in small letters.
+_CLOSED_FILES = ("no active connection", "connection closed", "closed database")
 _OUTAGE_TYPES = frozenset(
     {
         "InvalidCachedStatementError",
@@ -196,6 +198,8 @@ def _is_outage(root: BaseException) -> bool:
         return state.startswith("08") or state in _OUTAGES
     if _module(root).startswith("asyncpg"):
         return any(part in str(root) for part in _BROKEN_CONNECTIONS)
+    if _module(root) == "sqlite3":
+        return any(part in str(root).lower() for part in _CLOSED_FILES)
     if isinstance(root, ssl.SSLCertVerificationError):
         return False
     # SQLAlchemy's TimeoutError: the application's own pool has no connection to give.

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import ARRAY
 from sqlalchemy.sql.selectable import ReturnsRows
-from sqlalchemy.util.concurrency import await_
+
+from ._greenlets import await_
 
 if TYPE_CHECKING:
     from sqlalchemy import ClauseElement, Connection, Executable
@@ -29,6 +30,7 @@ class Parameter:
     """One of a statement's, in the place that it has there."""
 
     name: str
+    is_required: bool
     default: Any
     make: Callable[[], Any] | None
     """What gives the default anew each time."""
@@ -36,7 +38,7 @@ class Parameter:
     """What makes the driver's value of it."""
 
     def value(self, given: Mapping[str, Any]) -> Any:
-        if self.name in given:
+        if self.is_required or self.name in given:
             value = given[self.name]
         else:
             value = self.default if self.make is None else self.make()
@@ -62,7 +64,7 @@ class Prepared:
         except Exception:
             raise
         except BaseException:
-            # Its end, as that of an event loop, did not wait for the server's answer.
+            # Its end, as that of an event loop, did not wait for the driver's answer.
             connection.invalidate()
             raise
         return rows
@@ -93,12 +95,16 @@ def prepare(statement: Executable, dialect: Dialect) -> Prepared:
     """A statement, compiled."""
     compiled = cast("SQLCompiler", cast("ClauseElement", statement).compile(dialect=dialect))
     parameters = []
-    for name in compiled.binds if compiled.positiontup is None else compiled.positiontup:
+    for name in compiled.positiontup or compiled.bind_names.values():
         bind = compiled.binds[name]
         process = _processor(bind.type, dialect)
-        parameters.append(Parameter(name, bind.value, bind.callable, process))
+        parameters.append(Parameter(name, bind.required, bind.value, bind.callable, process))
     returns = statement.exported_columns.keys() if isinstance(statement, ReturnsRows) else ()
     return Prepared(compiled.string, parameters, tuple(returns))
+
+
+prepared_once = lru_cache(maxsize=1000)(prepare)
+"""Of a statement that is made once, for a dialect."""
 
 
 @lru_cache(maxsize=100)

@@ -244,7 +244,7 @@ class Producer:
         token: int,
     ) -> bool:
         if unique:
-            added = await task_store.add(tx, queue, [row], token, SCHEDULED)
+            added = await task_store.add(tx, queue, [row], token, pending=False)
             is_stored, is_new = bool(added.now or added.before), bool(added.now)
         else:
             is_stored, is_new = True, await task_store.put(tx, queue, [row], token, SCHEDULED)

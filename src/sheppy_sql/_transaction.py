@@ -7,14 +7,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
-from ._prepared import is_watched, prepare
+from ._prepared import is_watched, prepared_once
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Executable
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from ._dialects import Dialect
-    from ._prepared import Fetch, Prepared
+    from ._prepared import Fetch
     from .schema import Tables
 
 P = ParamSpec("P")
@@ -97,10 +97,7 @@ class OwnTransaction(Transaction):
     ) -> Sequence[Any]:
         if parameters is None or self.fetch is None or is_watched(self.connection):
             return self.connection.execute(statement, parameters).all()
-        made = self.tables.made
-        if statement not in made:
-            made[statement] = prepare(statement, self.connection.dialect)
-        prepared: Prepared = made[statement]
+        prepared = prepared_once(statement, self.connection.dialect)
         return prepared.fetch(self.connection, parameters, self.fetch)
 
     async def execute(

@@ -75,7 +75,8 @@ async def poll(
     """What `look` finds within `timeout` seconds (inf: however long it takes), else None.
 
     Looks at once, unless told otherwise, after every signal, by itself as `pace` says, and once
-    more when time is up. `look` is told the signals that brought it.
+    more when time is up, for which it leaves out one that would come just before. `look` is told
+    the signals that brought it.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout
@@ -94,8 +95,8 @@ async def poll(
             return None
         pace.begin()
         pause, left = spread(next(pauses), now - started), deadline - now
-        if pause >= pace.longest * (1 - JITTER) and left <= pace.longest * (1 + JITTER):
-            # Not twice in a moment: by itself, and as time is up.
+        if pause < left < pause * (1 + JITTER):
+            # Not twice within a moment: by itself, and as time is up.
             pause = left
         await waiter.wait(max(0.0, min(pause, left)))
 

@@ -198,3 +198,22 @@ async def test_file_that_turns_read_only_under_load_is_an_error_and_no_loss(
     assert await backend.get_tasks(QUEUE, ["refused"]) == {}
     await backend.disconnect()
     await engine.dispose()
+
+
+async def test_connection_that_is_closed_under_a_backend_is_replaced(
+    make_backend: MakeBackend,
+) -> None:
+    backend = await make_backend()
+    calls: list[tuple[Callable[[], Awaitable[Any]], Any]] = [
+        (lambda: backend.append(QUEUE, [A, B]), [True, True]),
+        (lambda: backend.size(QUEUE), 2),
+        (lambda: backend.pop(QUEUE, 2), [A, B]),
+        (lambda: backend.store_result(QUEUE, finished(A)), True),
+        (lambda: backend.get_results(QUEUE, ["task-0"]), {"task-0": finished(A)}),
+    ]
+    for call, expected in calls:
+        await backend.get_tasks(QUEUE, ["task-0"])
+        for kept in backend._connected.database._connections._kept:
+            driver: Any = kept.connection.driver_connection
+            await driver.close()
+        assert await asyncio.wait_for(call(), PATIENCE) == expected

@@ -66,8 +66,8 @@ class Dialect(ABC):
     def begin(self, connection: Connection, *, write: bool, single: bool = False) -> bool:
         """Begin a transaction in which a later statement sees what committed meanwhile.
 
-        `single`: one statement writes, and may be a transaction by itself. Whether there is
-        anything to commit in the end.
+        `single`: on a server one statement writes, and may be a transaction by itself; what goes
+        to a file has one around it. Whether there is anything to commit in the end.
         """
 
     @abstractmethod
@@ -98,9 +98,10 @@ class Dialect(ABC):
 
     @abstractmethod
     def unnest(self, columns: Columns) -> FromClause:
-        """Rows from lists, in one parameter a column, with `ordinal` counting from 1.
+        """Rows from lists, with `ordinal` counting from 1.
 
-        All lists may be None: they are then given by the parameters that `lists` makes of them.
+        All lists may be None: they are then given by the parameters that `lists` makes of them. In
+        one statement no two such may have the same first column, by which SQLite's has its name.
         """
 
     @abstractmethod

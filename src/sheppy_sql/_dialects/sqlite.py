@@ -18,8 +18,9 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, StaticPool
-from sqlalchemy.util.concurrency import await_, in_greenlet
+from sqlalchemy.util.concurrency import in_greenlet
 
+from .._greenlets import await_
 from .._prepared import is_watched, row_type
 from ..schema import Timestamp, sqlite_timestamp
 from . import logs
@@ -40,6 +41,7 @@ BUSY_TRIES = 12
 """How often whoever begins by himself waits so long for another program's transaction."""
 
 BEGIN = "BEGIN IMMEDIATE"
+CLOSED = frozenset({"no active connection", "connection closed"})
 
 LOOK_OUT = 0.004
 """Seconds between two looks whether the file has changed; each takes microseconds, in a thread."""
@@ -108,15 +110,14 @@ class SQLite(Dialect):
             return False
         if not connection.in_transaction():
             connection.begin()  # of SQLAlchemy's, which sends nothing
+        if self._is_ours and not is_watched(connection):
+            await_(_execute(connection, BEGIN))
+            return True
         raw = connection.connection.driver_connection
         if raw is not None and raw.in_transaction:
             # The application's engine has a listener that begins, as SQLAlchemy recommends.
             connection.exec_driver_sql("ROLLBACK")
-        if self._is_ours and raw is not None and not is_watched(connection):
-            # The driver's thread is asked once, and thrice by way of a cursor.
-            await_(raw.execute_fetchall(BEGIN))
-        else:
-            connection.exec_driver_sql(BEGIN)
+        connection.exec_driver_sql(BEGIN)
         return True
 
     def fetcher(self, *, in_transaction: bool) -> Fetch | None:
@@ -156,7 +157,7 @@ class SQLite(Dialect):
     def now(self, plus: float = 0.0) -> ColumnElement[datetime]:
         # The same machine's clock, and finer than SQLite's own milliseconds. Looked at with each
         # execution, as a statement may be made once.
-        return bindparam(None, type_=Timestamp, unique=True, callable_=partial(_now, plus))
+        return bindparam(None, type_=Now, unique=True, callable_=partial(_now, plus))
 
     def unnest(self, columns: Columns) -> FromClause:
         given = self.lists(columns)
@@ -189,10 +190,30 @@ def is_memory(target: Target) -> bool:
     return mode == "memory" or database in {":memory:", "file::memory:"}
 
 
-async def _fetch(connection: Connection, statement: Prepared, values: Sequence[Any]) -> Any:
+class Now(Timestamp):
+    """That of the clock's time.
+
+    By its type SQLAlchemy's cache tells a statement that looks at the clock from one that is given
+    a time: for the first it does not ask where it has compiled the second.
+    """
+
+    cache_ok = True
+
+
+async def _execute(connection: Connection, sql: str, values: Sequence[Any] = ()) -> Any:
+    """The rows of a statement. The driver's thread is asked once, which a cursor does thrice."""
     driver: Any = connection.connection.driver_connection
-    # By itself, as the driver's thread is asked for each step of a cursor.
-    rows = await driver.execute_fetchall(statement.sql, values)
+    try:
+        return await driver.execute_fetchall(sql, values)
+    except ValueError as error:
+        # What the driver says of a connection that is closed.
+        if str(error).lower() not in CLOSED:
+            raise
+        raise sqlite3.OperationalError(str(error)) from None
+
+
+async def _fetch(connection: Connection, statement: Prepared, values: Sequence[Any]) -> Any:
+    rows = await _execute(connection, statement.sql, values)
     return list(starmap(row_type(statement.columns), rows))
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from ..schema import PENDING, SCHEDULED
 from . import finishing
 from . import queues as queue_store
 from . import results as result_store
@@ -47,11 +46,11 @@ async def finish(
         of_queue = [child for child in children if child.queue == child_queue]
         at_once = [child.row for child in of_queue if child.run_at is None]
         if at_once:
-            await task_store.add(tx, child_queue, at_once, append_token, PENDING)
+            await task_store.add(tx, child_queue, at_once, append_token, pending=True)
         run_at = {child.row.id: child.run_at for child in of_queue if child.run_at is not None}
         if run_at:
             later = [child.row for child in of_queue if child.row.id in run_at]
-            added = await task_store.add(tx, child_queue, later, append_token, SCHEDULED)
+            added = await task_store.add(tx, child_queue, later, append_token, pending=False)
             for task_id in sorted(added.now):
                 await schedule_store.put(tx, child_queue, task_id, run_at[task_id])
         await queue_store.register(tx, child_queue)

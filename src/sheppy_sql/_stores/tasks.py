@@ -54,15 +54,15 @@ class Added(NamedTuple):
 
 
 async def add(
-    tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int, state: ColumnElement[str]
+    tx: Transaction, queue: str, rows: Sequence[TaskRow], token: int, *, pending: bool
 ) -> Added:
-    """The ids that were new to the queue, now stored in `state`; an id occurs once in `rows`.
+    """The ids that were new to the queue, now pending or scheduled; an id occurs once in `rows`.
 
     Two statements, because an id may be finishing at this moment: the INSERT
     waits for that transaction and then finds no live task, and only a later
     snapshot shows the result that has taken its place.
     """
-    adding = made_once(tx, _adding, state is PENDING)
+    adding = made_once(tx, _adding, pending)
     now: set[str] = set()
     for chunk in _chunks(rows):
         given = {"of_queue": queue, **tx.dialect.lists(_columns(chunk, token))}
