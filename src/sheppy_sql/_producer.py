@@ -14,9 +14,9 @@ from ._appender import append_by_itself
 from ._floors import Floors
 from ._payloads import Payload, TaskRow, decode, encode_task
 from ._stores import due as due_store
-from ._stores import finishing
 from ._stores import queues as queue_store
 from ._stores import scheduled as schedule_store
+from ._stores import setting_aside
 from ._stores import tasks as task_store
 from ._stores.receipts import once
 from ._transaction import new_token
@@ -149,7 +149,7 @@ class Producer:
 
     async def _postpone(self, queue: str, row: TaskRow, token: int, slot: datetime) -> None:
         await self._database.write(
-            "postpone a task", finishing.postpone, queue, row, token, slot, new_token()
+            "postpone a task", setting_aside.postpone, queue, row, token, slot, new_token()
         )
         self._claims.postpone(queue, row.id, token)
 

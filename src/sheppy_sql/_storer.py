@@ -13,7 +13,7 @@ from ._claims import Park
 from ._finisher import Finisher
 from ._payloads import Payload, TaskRow, TooLargeError, decode, encode_task, failure_of
 from ._retries import retry_of
-from ._stores import finishing
+from ._stores import finishing, setting_aside
 from ._stores import results as result_store
 from ._stores import tasks as task_store
 from ._validation import check_queue
@@ -138,7 +138,7 @@ class Storer:
         retry = retry_of(task, self._options.handover)
         stored: bool = await self._database.write(
             "store a task",
-            finishing.set_aside,
+            setting_aside.set_aside,
             queue,
             row,
             token,
