@@ -141,9 +141,9 @@ async def test_pops_cancelled_at_random_moments_lose_no_task(
     pool: Any = backend._connected.database.engine.pool
 
     async def at_rest() -> bool:
-        # But the one that is kept at hand; another may be notifying for a moment.
+        # But those that are kept at hand; another may be notifying for a moment.
         kept = backend._connected.database._connections._kept
-        return bool(pool.checkedout() == (kept is not None))
+        return bool(pool.checkedout() == len(kept))
 
     await until(at_rest, "a connection has leaked")
     if database.dialect == "postgresql":

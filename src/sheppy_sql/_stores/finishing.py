@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
@@ -122,8 +122,9 @@ async def _finish_in_two(tx: Transaction, queue: str, ended: Sequence[Ended]) ->
     append_tokens = {row.id: row.append_token for row in gone}
     moved = [one for one in ended if one.row.id in append_tokens]
     if moved:
-        clock = datetime.now(timezone.utc)  # which is the database's
-        ends = [None if one.ttl is None else clock + timedelta(seconds=one.ttl) for one in moved]
+        clock: Any = tx.dialect.now()
+        now: datetime = clock.effective_value  # of a file's clock, which is here
+        ends = [None if one.ttl is None else now + timedelta(seconds=one.ttl) for one in moved]
         tokens = [append_tokens[one.row.id] for one in moved]
         columns = {**_columns(moved), **_more(tokens, ends)}
         given = {"of_queue": queue, **tx.dialect.lists(columns)}
