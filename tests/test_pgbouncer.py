@@ -213,7 +213,7 @@ async def test_statements_that_are_kept_and_not_found_again_are_prepared_anew(
         missing.append("does not exist" in str(error))
         return fault(error)
 
-    monkeypatch.setattr("sheppy_sql._database.fault", seen)
+    monkeypatch.setattr("sheppy_sql._attempts.fault", seen)
     for at, option in ((url, True), (f"{url}?statement_cache_size=100", None)):
         missing.clear()
         backend = await make_backend(at, pool_size=1, prepared_statements=option)
