@@ -19,7 +19,7 @@ given = select(bindparam("count", type_=Integer), literal("mine", Text), bindpar
 
 @pytest.mark.parametrize("named", [False, True])
 def test_parameters_are_given_or_have_their_defaults(named: bool) -> None:
-    dialect = psycopg.dialect() if named else sqlite.dialect()  # type: ignore[no-untyped-call]
+    dialect = psycopg.dialect() if named else sqlite.dialect()  # type: ignore[no-untyped-call]  # not yet typed
     prepared = prepare(given, dialect)
     assert prepared.values({"count": 3}) == [3, "mine", 7]
     assert prepared.values({"count": 3, "x": None}) == [3, "mine", None]
